@@ -1,0 +1,106 @@
+"""One dispatch point for every op: a back end says in words why it cannot run, and nothing falls back in silence."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+log = logging.getLogger("endomamba")
+
+NAMES = ("triton", "cuda", "cpu", "reference")
+# What "auto" may take, best first.  The reference runs on a GPU only by name: it would be silently 100x slower.
+AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda")}
+
+TABLES: dict[str, Mapping[str, Backend]] = {}
+_warned: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """fwd and bwd take the op's arguments; `unsupported(*tensors)` returns every reason why they cannot run."""
+
+    fwd: Callable
+    bwd: Callable | None
+    unsupported: Callable[..., list[str]]
+
+
+def register(op: str, table: Mapping[str, Backend]) -> Mapping[str, Backend]:
+    TABLES[op] = table
+    return table
+
+
+def reasons(op: str, name: str, *tensors: Tensor | None) -> list[str]:
+    """Why back end `name` cannot run `op` on these tensors; an empty list means that it can."""
+    table = TABLES[op]
+    if name not in table:
+        return [f"this version has no {name} kernel for {op}"]
+    return table[name].unsupported(*tensors)
+
+
+def choose(op: str, backend: str, *tensors: Tensor | None) -> Backend:
+    """The back end that runs this call.  "auto" walks `AUTO`; a named one runs or raises with its reasons."""
+    table = TABLES[op]
+    if backend != "auto":
+        check_backend(op, backend)
+        why = reasons(op, backend, *tensors)
+        if why:
+            raise NotImplementedError(f"{op}: backend {backend!r} cannot run this call: " + "; ".join(why))
+        return table[backend]
+    order = AUTO.get(tensors[0].device.type, ())
+    seen: dict[str, list[str]] = {}
+    for name in order:
+        seen[name] = reasons(op, name, *tensors)
+        if not seen[name]:
+            if name == "reference":
+                _warn_once(op, seen)
+            return table[name]
+    if not order:
+        seen = {name: reasons(op, name, *tensors) for name in NAMES if name != "reference"}
+    seen["reference"] = ["runs here by name only: backend='reference'"]
+    lines = "".join(f"\n  {name}: {'; '.join(why)}" for name, why in seen.items())
+    raise NotImplementedError(f"{op}: no backend can run this call on {tensors[0].device}{lines}")
+
+
+def check_backend(op: str, backend: str) -> None:
+    if backend != "auto" and backend not in NAMES:
+        raise ValueError(f"{op}: backend must be 'auto' or one of {', '.join(NAMES)}, got {backend!r}")
+
+
+def _warn_once(op: str, seen: dict[str, list[str]]) -> None:
+    if seen.get("cpu") == [FP64]:
+        return  # fp64 is the reference's own purpose, nothing was lost
+    if op not in _warned:
+        _warned.add(op)
+        why = "; ".join(f"{name}: {', '.join(r)}" for name, r in seen.items() if r)
+        log.warning("%s runs on the slow PyTorch reference (%s)", op, why)
+
+
+FP64 = "float64 runs on the reference only"
+
+
+def explain(op: str, *tensors: Tensor | None) -> str:
+    """Which back end `op` would take for these tensors, and what speaks against each of the others.
+
+    >>> print(explain("selective_scan", x))
+    """
+    if op not in TABLES:
+        raise ValueError(f"explain: op must be one of {', '.join(sorted(TABLES))}, got {op!r}")
+    device = tensors[0].device.type
+    order = AUTO.get(device, ())
+    chosen = next((name for name in order if not reasons(op, name, *tensors)), None)
+    lines = [f"{op} on {device}, {str(tensors[0].dtype).removeprefix('torch.')}: {chosen or 'no backend'}"]
+    for name in NAMES:
+        why = reasons(op, name, *tensors)
+        lines.append(f"  {name}: {'; '.join(why) if why else 'can run' if name in order else 'can run by name'}")
+    return "\n".join(lines)
+
+
+def backend_info(device: str = "cpu") -> dict[str, dict[str, list[str]]]:
+    """For every op and back end the reasons why it cannot run fp32 tensors on `device`; an empty list: it can."""
+    import torch
+
+    probe = torch.empty(0, device=device)
+    return {op: {name: reasons(op, name, probe) for name in NAMES} for op in sorted(TABLES)}
