@@ -17,19 +17,21 @@ struct ScanDirection {
   View x, dt, A, B, C, D, dt_bias, initial_state;
   View final_state, chunk_states;  // chunk_states (rows, chunks, d, n), contiguous
   bool reverse = false;
+  int64_t groups_B = 1, groups_C = 1;            // channel c reads group c / (d / groups)
+  bool constant_B = false, constant_C = false;  // (d,n): as many groups as channels, the same for every token
   // backward
   View dfinal_state, dx, ddt, dB, dC, dA, dD, ddt_bias, dinitial_state;
 };
 
 struct ScanArgs {
-  int64_t b = 0, l = 0, d = 0, n = 0, g = 0;  // b counts sequences; packed: x has one row and cu_seqlens b + 1 entries
+  int64_t b = 0, l = 0, d = 0, n = 0;  // b counts sequences; packed: x has one row and cu_seqlens b + 1 entries
   int64_t frames = 0;                         // > 0: step k visits token (k % frames) * (l / frames) + k / frames
-  const int64_t* cu_seqlens = nullptr;
+  View cu_seqlens;  // int64, contiguous
   int dtype = 0, out_dtype = 0;
-  int directions = 1, threads = 1;
+  int directions = 0, threads = 1;
   bool softplus = true;
   float scale = 1.0f;
-  ScanDirection dir[2];
+  ScanDirection dir[2];  // the first `directions` count
   View z, y, mask;  // mask (b,l) of bytes
   View dy, dz;
 };
