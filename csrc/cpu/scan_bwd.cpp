@@ -193,7 +193,7 @@ void write_inputs(const ScanDirection& dir, const Sequence& seq, const Chunk& ch
                   int lanes, const float* x, const float* dt, const float* slope, const float* dy, const float* sum_a,
                   const float* sum_b, float* dD, float* dbias) {
   const vf D = dir.D ? load_lanes(dir.D.at<float>(channel), dir.D.s[0], lanes) : zero();
-  vf total_D = load(dD), total_bias = load(dbias);
+  vf total_D = zero(), total_bias = zero();  // of this chunk: two short sums round less than a long one
   for (int64_t i = 0; i < chunk.size; ++i) {
     const vf x_t = load(x + i * W), dy_t = load(dy + i * W), b_t = load(sum_b + i * W);
     const vf ddt = (set1(kLn2) * load(sum_a + i * W) + x_t * b_t) * load(slope + i * W);
@@ -203,8 +203,8 @@ void write_inputs(const ScanDirection& dir, const Sequence& seq, const Chunk& ch
     store_lanes(dir.dx.at<T>(seq.row, chunk.token[i], channel), dir.dx.s[2], lanes, dx);
     store_lanes(dir.ddt.at<T>(seq.row, chunk.token[i], channel), dir.ddt.s[2], lanes, ddt);
   }
-  store(dD, total_D);
-  store(dbias, total_bias);
+  store(dD, load(dD) + total_D);
+  store(dbias, load(dbias) + total_bias);
 }
 
 void backward_task(const ScanArgs& a, const Shape& shape, const Partials* partials, int64_t row_group, int64_t block64) {
@@ -216,13 +216,13 @@ void backward_task(const ScanArgs& a, const Shape& shape, const Partials* partia
     const int64_t length = Sequence(a, index).length;
     longest = length > longest ? length : longest;
   }
-  Scratch matrices((5 * blocks + 1) * matrix), rows(9 * kChunk * W), sums(2 * blocks * W);
+  Scratch matrices((5 * blocks + 2) * matrix), rows(8 * kChunk * W), sums(2 * blocks * W);
   Scratch operands(2 * operand_floats(a)), tape((2 * kChunk + 1) * matrix), lanes_out(2 * kChunk * matrix);
   Scratch ungated(a.z ? longest * blocks * W : 0);
   float *A = matrices.get(), *dh = A + blocks * matrix, *dA = dh + blocks * matrix, *dB_sum = dA + blocks * matrix,
-        *dC_sum = dB_sum + blocks * matrix, *state = dC_sum + blocks * matrix;
-  float* row[9];
-  for (int i = 0; i < 9; ++i) row[i] = rows.get() + i * kChunk * W;
+        *dC_sum = dB_sum + blocks * matrix, *state = dC_sum + blocks * matrix, *dA_chunk = state + matrix;
+  float* row[8];
+  for (int i = 0; i < 8; ++i) row[i] = rows.get() + i * kChunk * W;
   float *x = row[0], *dt = row[1], *dtx = row[2], *slope = row[3], *dy = row[4], *y = row[5], *sum_a = row[6],
         *sum_b = row[7];
   float *decay = tape.get(), *history = decay + kChunk * matrix;
@@ -280,10 +280,12 @@ void backward_task(const ScanArgs& a, const Shape& shape, const Partials* partia
           for (int64_t i = 0; i < chunk.size; ++i) store(y + i * W, D * load(x + i * W));
           std::memset(sum_a, 0, chunk.size * W * sizeof(float));
           std::memset(sum_b, 0, chunk.size * W * sizeof(float));
+          std::memset(dA_chunk, 0, matrix * sizeof(float));
           float *A_block = A + block * matrix, *dh_block = dh + block * matrix, *dA_block = dA + block * matrix;
           scan_chunk<true>(chunk.size, states, A_block, state, dt, dtx, B, C, y, decay, history + matrix);
-          backward_chunk(chunk.size, states, A_block, dh_block, dA_block, dt, dtx, dy, B, C, decay, history, sum_a, sum_b,
+          backward_chunk(chunk.size, states, A_block, dh_block, dA_chunk, dt, dtx, dy, B, C, decay, history, sum_a, sum_b,
                          dB, dC);
+          for (int64_t s = 0; s < matrix; s += W) store(dA_block + s, load(dA_block + s) + load(dA_chunk + s));
           float* sum_D = sums.get() + block * 2 * W;
           with_dtype(a.dtype, [&](auto in) {
             write_inputs<decltype(in)>(dir, seq, chunk, channel, lanes, x, dt, slope, dy, sum_a, sum_b, sum_D,

@@ -130,19 +130,58 @@ ENDOMAMBA_INLINE float sum(vf v) {
   return lanes[0];
 }
 
-// A thread's scratch memory, aligned to a cache line.
+// Memory blocks a thread keeps between tasks: fresh ones cost a page fault per 4 KiB, a quarter of a backward call at
+// (1, 197, 768).  At most kSlots blocks of up to 1 MiB stay; larger ones go back at once.
+class BlockCache {
+ public:
+  static constexpr int kSlots = 12;
+  static constexpr int64_t kLargest = 1 << 20;
+
+  static BlockCache& of_thread() {
+    static thread_local BlockCache cache;
+    return cache;
+  }
+  void* take(int64_t& bytes) {
+    for (Block& block : blocks_)
+      if (block.p != nullptr && block.bytes >= bytes && block.bytes <= 2 * bytes) {
+        void* p = block.p;
+        bytes = block.bytes;
+        block.p = nullptr;
+        return p;
+      }
+    void* p = std::aligned_alloc(64, bytes);
+    if (p == nullptr) std::abort();
+    return p;
+  }
+  void give(void* p, int64_t bytes) {
+    Block* place = nullptr;
+    for (Block& block : blocks_)
+      if (block.p == nullptr) place = &block;
+    if (bytes > kLargest || place == nullptr) return std::free(p);
+    *place = {p, bytes};
+  }
+  ~BlockCache() {
+    for (Block& block : blocks_) std::free(block.p);
+  }
+
+ private:
+  struct Block { void* p = nullptr; int64_t bytes = 0; };
+  Block blocks_[kSlots];
+};
+
+// Scratch memory of a task, aligned to a cache line, not initialised.
 class Scratch {
  public:
   explicit Scratch(int64_t floats)
-      : data_(static_cast<float*>(std::aligned_alloc(64, ((floats > 0 ? floats : 1) * 4 + 63) / 64 * 64))) {
-    if (data_ == nullptr) std::abort();
-  }
-  ~Scratch() { std::free(data_); }
+      : bytes_(((floats > 0 ? floats : 1) * 4 + 63) / 64 * 64),
+        data_(static_cast<float*>(BlockCache::of_thread().take(bytes_))) {}
+  ~Scratch() { BlockCache::of_thread().give(data_, bytes_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   float* get() const { return data_; }
 
  private:
+  int64_t bytes_;
   float* data_;
 };
 

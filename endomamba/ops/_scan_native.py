@@ -1,0 +1,146 @@
+"""The C++ scan of one or two directions, as both scan ops call it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._extension import C as _C
+from ._native import DTYPES, view
+from ._scan import chunk_states_shape, empty
+
+
+class Direction(NamedTuple):
+    """The operands of one direction: x, dt (b,l,d); A (d,n); B, C (b,l,g,n), or (d,n) where constant."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    dt_bias: Tensor | None
+    initial_state: Tensor | None
+    reverse: bool
+
+
+def _operand(tensor: Tensor, channels: int) -> tuple[tuple[int, ...], int, bool]:
+    """(view as (b,l,g,n), groups, constant?)"""
+    if tensor.ndim == 2:
+        return (tensor.data_ptr(), 0, 0, *tensor.stride()), channels, True
+    return view(tensor), tensor.shape[2], False
+
+
+def _arguments(
+    first: Direction,
+    z: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    dt_softplus: bool,
+    frames: int,
+    out_dtype: torch.dtype,
+):
+    args = _C.ScanArgs()
+    args.b = first.x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    args.l, args.d = first.x.shape[1:]
+    args.n = first.A.shape[1]
+    args.frames = frames
+    args.cu_seqlens = view(cu_seqlens)
+    args.dtype, args.out_dtype = DTYPES[first.x.dtype], DTYPES[out_dtype]
+    args.threads = torch.get_num_threads()
+    args.softplus, args.scale = dt_softplus, scale
+    args.z, args.mask = view(z), view(mask)
+    return args
+
+
+def _direction(side: Direction):
+    dir = _C.ScanDirection()
+    dir.x, dir.dt, dir.A = view(side.x), view(side.dt), view(side.A)
+    dir.B, dir.groups_B, dir.constant_B = _operand(side.B, side.x.shape[2])
+    dir.C, dir.groups_C, dir.constant_C = _operand(side.C, side.x.shape[2])
+    dir.D, dir.dt_bias, dir.initial_state = view(side.D), view(side.dt_bias), view(side.initial_state)
+    dir.reverse = side.reverse
+    return dir
+
+
+def _num_seqs(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def scan_fwd(
+    sides: tuple[Direction, ...],
+    z: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    dt_softplus: bool,
+    frames: int,
+    return_final_state: bool,
+    save_states: bool,
+    out_fp32: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """-> y, final state of each side, chunk states of each side; empty where not asked for."""
+    x = sides[0].x
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+    y = empty(x, *x.shape, dtype=torch.float32 if out_fp32 else x.dtype)
+    args = _arguments(sides[0], z, cu_seqlens, mask, scale, dt_softplus, frames, y.dtype)
+    args.y = view(y)
+    finals, chunks = [], []
+    for side in sides:
+        dir = _direction(side)
+        final = chunk = None
+        if return_final_state:
+            final = empty(x, _num_seqs(x, cu_seqlens), *side.A.shape, dtype=torch.float32)
+        if save_states:
+            chunk = empty(x, *chunk_states_shape(x, side.A, cu_seqlens), dtype=torch.float32)
+        dir.final_state, dir.chunk_states = view(final), view(chunk)
+        finals.append(empty(x, dtype=torch.float32) if final is None else final)
+        chunks.append(empty(x, dtype=torch.float32) if chunk is None else chunk)
+        args.add_direction(dir)
+    _C.scan_fwd(args)
+    return y, finals, chunks
+
+
+def scan_bwd(
+    dy: Tensor | None,
+    dfinal_states: tuple[Tensor | None, ...],
+    sides: tuple[Direction, ...],
+    z: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    chunk_states: tuple[Tensor, ...],
+    *,
+    scale: float,
+    dt_softplus: bool,
+    frames: int,
+) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+    """-> dz, and for each side dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial_state; empty for absent inputs."""
+    x = sides[0].x
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+    args = _arguments(sides[0], z, cu_seqlens, mask, scale, dt_softplus, frames, x.dtype if dy is None else dy.dtype)
+    dz = empty(x, dtype=x.dtype) if z is None else empty(x, *x.shape, dtype=x.dtype)
+    args.dy, args.dz = view(dy), view(dz)
+    grads = []
+    for side, dfinal, chunks in zip(sides, dfinal_states, chunk_states, strict=True):
+        dir = _direction(side)
+        dx, ddt = (empty(x, *x.shape, dtype=x.dtype) for _ in range(2))
+        dA, dD, ddt_bias, dinitial = (
+            empty(x, *(t.shape if t is not None else ()), dtype=torch.float32)
+            for t in (side.A, side.D, side.dt_bias, side.initial_state)
+        )
+        dB, dC = (empty(x, *t.shape, dtype=torch.float32 if t.ndim == 2 else x.dtype) for t in (side.B, side.C))
+        dir.dfinal_state, dir.chunk_states = view(dfinal), view(chunks)
+        dir.dx, dir.ddt, dir.dA = view(dx), view(ddt), view(dA)
+        dir.dB = view(dB) if dB.ndim == 4 else (dB.data_ptr(),)
+        dir.dC = view(dC) if dC.ndim == 4 else (dC.data_ptr(),)
+        dir.dD = view(dD) if side.D is not None else None
+        dir.ddt_bias = view(ddt_bias) if side.dt_bias is not None else None
+        dir.dinitial_state = view(dinitial) if side.initial_state is not None else None
+        args.add_direction(dir)
+        grads.append((dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial))
+    _C.scan_bwd(args)
+    return dz, grads

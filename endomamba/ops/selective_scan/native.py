@@ -1,0 +1,67 @@
+"""The C++ kernels of csrc/cpu/scan_{fwd,bwd}.cpp, one direction."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._native import unsupported as unsupported
+from .._scan_native import Direction, scan_bwd, scan_fwd
+
+
+def fwd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    dt_softplus: bool,
+    reverse: bool,
+    frames: int,
+    max_seqlen: int,
+    return_final_state: bool,
+    save_states: bool,
+    out_fp32: bool,
+    plan: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """max_seqlen and plan change nothing here: lengths are read, and the kernel is invariant by itself."""
+    y, (final_state,), (chunk_states,) = scan_fwd(
+        (Direction(x, dt, A, B, C, D, dt_bias, initial_state, reverse),), z, cu_seqlens, mask,
+        scale=1.0, dt_softplus=dt_softplus, frames=frames, return_final_state=return_final_state,
+        save_states=save_states, out_fp32=out_fp32,
+    )  # fmt: skip
+    return y, final_state, chunk_states
+
+
+def bwd(
+    dy: Tensor | None,
+    dfinal_state: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    chunk_states: Tensor,
+    dt_softplus: bool,
+    reverse: bool,
+    frames: int,
+    max_seqlen: int,
+    plan: str,
+) -> tuple[Tensor, ...]:
+    dz, (grads,) = scan_bwd(
+        dy, (dfinal_state,), (Direction(x, dt, A, B, C, D, dt_bias, initial_state, reverse),), z, cu_seqlens, mask,
+        (chunk_states,), scale=1.0, dt_softplus=dt_softplus, frames=frames,
+    )  # fmt: skip
+    dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial_state = grads
+    return dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state
