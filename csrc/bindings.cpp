@@ -36,9 +36,35 @@ PYBIND11_MODULE(_C, m) {
       .FIELD(ScanArgs, softplus).FIELD(ScanArgs, scale).FIELD(ScanArgs, z).FIELD(ScanArgs, y).FIELD(ScanArgs, mask)
       .FIELD(ScanArgs, dy).FIELD(ScanArgs, dz)
       .def("add_direction", [](ScanArgs& a, const ScanDirection& dir) { a.dir[a.directions++] = dir; });
+
+  py::class_<ConvDirection>(m, "ConvDirection")
+      .def(py::init<>())
+      .FIELD(ConvDirection, weight).FIELD(ConvDirection, bias).FIELD(ConvDirection, y).FIELD(ConvDirection, dy)
+      .FIELD(ConvDirection, dweight).FIELD(ConvDirection, dbias);
+
+  py::class_<ConvArgs>(m, "ConvArgs")
+      .def(py::init<>())
+      .FIELD(ConvArgs, b).FIELD(ConvArgs, l).FIELD(ConvArgs, d).FIELD(ConvArgs, w).FIELD(ConvArgs, frames)
+      .FIELD(ConvArgs, cu_seqlens).FIELD(ConvArgs, dtype).FIELD(ConvArgs, threads).FIELD(ConvArgs, silu)
+      .FIELD(ConvArgs, reverse).FIELD(ConvArgs, x).FIELD(ConvArgs, initial_state).FIELD(ConvArgs, final_state)
+      .FIELD(ConvArgs, dx).FIELD(ConvArgs, dfinal_state).FIELD(ConvArgs, dinitial_state)
+      .def("add_direction", [](ConvArgs& a, const ConvDirection& dir) { a.dir[a.directions++] = dir; });
+
+  py::class_<NormArgs>(m, "NormArgs")
+      .def(py::init<>())
+      .FIELD(NormArgs, b).FIELD(NormArgs, m).FIELD(NormArgs, c).FIELD(NormArgs, dtype).FIELD(NormArgs, threads)
+      .FIELD(NormArgs, layer_norm).FIELD(NormArgs, eps).FIELD(NormArgs, x).FIELD(NormArgs, normed)
+      .FIELD(NormArgs, residual).FIELD(NormArgs, new_residual).FIELD(NormArgs, weight).FIELD(NormArgs, bias)
+      .FIELD(NormArgs, row_scale).FIELD(NormArgs, mean).FIELD(NormArgs, rstd).FIELD(NormArgs, dnormed)
+      .FIELD(NormArgs, dnew_residual).FIELD(NormArgs, dx).FIELD(NormArgs, dweight).FIELD(NormArgs, dbias)
+      .FIELD(NormArgs, dresidual).FIELD(NormArgs, drow_scale);
 #undef FIELD
 
   // One line a kernel.
   m.def("scan_fwd", [](const ScanArgs& a) { kernels().scan_fwd(a); }, py::call_guard<py::gil_scoped_release>());
   m.def("scan_bwd", [](const ScanArgs& a) { kernels().scan_bwd(a); }, py::call_guard<py::gil_scoped_release>());
+  m.def("conv_fwd", [](const ConvArgs& a) { kernels().conv_fwd(a); }, py::call_guard<py::gil_scoped_release>());
+  m.def("conv_bwd", [](const ConvArgs& a) { kernels().conv_bwd(a); }, py::call_guard<py::gil_scoped_release>());
+  m.def("norm_fwd", [](const NormArgs& a) { kernels().norm_fwd(a); }, py::call_guard<py::gil_scoped_release>());
+  m.def("norm_bwd", [](const NormArgs& a) { kernels().norm_bwd(a); }, py::call_guard<py::gil_scoped_release>());
 }

@@ -1,0 +1,71 @@
+"""Hands the tensors to the C++ kernels: one struct of sizes and views, one call.  Outputs are contiguous."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .._extension import C as _C
+from .._native import DTYPES, unsupported, view
+
+__all__ = ["add_norm_bwd", "add_norm_fwd", "unsupported"]
+
+
+def _rows(tensor: Tensor | None, shape: tuple[int, int, int]) -> Tensor | None:
+    """(b, m, c): a view where the strides between b and c allow one, else a copy."""
+    return tensor if tensor is None or tensor.ndim == 3 else tensor.reshape(shape)
+
+
+def _arguments(shape: tuple[int, int, int], dtype: torch.dtype, layer_norm: bool, weight: Tensor, stats: Tensor):
+    args = _C.NormArgs()
+    args.b, args.m, args.c = shape
+    args.dtype, args.threads = DTYPES[dtype], torch.get_num_threads()
+    args.layer_norm = layer_norm
+    args.weight = view(weight)
+    start, step = stats.data_ptr(), stats.stride(0) * stats.element_size()
+    args.rstd = (start + step, 1) if layer_norm else (start, 1)
+    if layer_norm:
+        args.mean = (start, 1)
+    return args
+
+
+def _shape(x: Tensor) -> tuple[int, int, int]:
+    return (x.shape[0], prod(x.shape[1:-1]), x.shape[-1])
+
+
+def add_norm_fwd(x, weight, bias, residual, row_scale, eps, layer_norm):
+    shape = _shape(x)
+    normed, new_residual = x.new_empty(x.shape), weight.new_empty(x.shape)
+    stats = weight.new_empty(1 + layer_norm, shape[0] * shape[1])
+    rows, residual_rows = _rows(x, shape), _rows(residual, shape)
+    args = _arguments(shape, x.dtype, layer_norm, weight, stats)
+    args.eps = eps
+    args.x, args.residual, args.bias, args.row_scale = view(rows), view(residual_rows), view(bias), view(row_scale)
+    args.normed, args.new_residual = view(_rows(normed, shape)), view(_rows(new_residual, shape))
+    _C.norm_fwd(args)
+    return normed, new_residual, stats
+
+
+def add_norm_bwd(
+    dnormed, dnew_residual, x, new_residual, stats, weight, bias, row_scale, dtype, has_residual, layer_norm
+):
+    shape = _shape(new_residual)
+    dx = new_residual.new_empty(new_residual.shape, dtype=dtype)
+    dweight, dbias = torch.empty_like(weight), weight.new_empty(0 if bias is None else bias.shape)
+    dresidual = weight.new_empty(new_residual.shape if has_residual else 0)
+    drow_scale = weight.new_empty(0 if x is None else row_scale.shape)
+    operands = [_rows(t, shape) for t in (dnormed, dnew_residual, x, new_residual)]
+    args = _arguments(shape, dtype, layer_norm, weight, stats)
+    args.dnormed, args.dnew_residual, args.x, args.new_residual = (view(t) for t in operands)
+    args.row_scale = view(row_scale)
+    args.dx, args.dweight = view(_rows(dx, shape)), view(dweight)
+    if bias is not None:
+        args.dbias = view(dbias)
+    if has_residual:
+        args.dresidual = view(_rows(dresidual, shape))
+    if x is not None:
+        args.drow_scale = view(drow_scale)
+    _C.norm_bwd(args)
+    return dx, dweight, dbias, dresidual, drow_scale
