@@ -209,18 +209,18 @@ void write_inputs(const ScanDirection& dir, const Sequence& seq, const Chunk& ch
 
 void backward_task(const ScanArgs& a, const Shape& shape, const Partials* partials, int64_t row_group, int64_t block64) {
   const int64_t first = block64 * kBackwardBlock, width = min64(kBackwardBlock, a.d - first);
-  const int64_t states = shape.states, blocks = ceil_div(width, W), matrix = states * W;
+  const int64_t states = shape.states, blocks = ceil_div(width, W), matrix = states * W;  // floats of one (W, n)
   int64_t longest = 0;
   const int64_t row_end = min64((row_group + 1) * kRowGroup, a.b);
   for (int64_t index = row_group * kRowGroup; index < row_end; ++index) {
     const int64_t length = Sequence(a, index).length;
     longest = length > longest ? length : longest;
   }
-  Scratch matrices((5 * blocks + 2) * matrix), rows(8 * kChunk * W), sums(2 * blocks * W);
-  Scratch operands(2 * operand_floats(a)), tape((2 * kChunk + 1) * matrix), lanes_out(2 * kChunk * matrix);
-  Scratch ungated(a.z ? longest * blocks * W : 0);
-  float *A = matrices.get(), *dh = A + blocks * matrix, *dA = dh + blocks * matrix, *dB_sum = dA + blocks * matrix,
-        *dC_sum = dB_sum + blocks * matrix, *state = dC_sum + blocks * matrix, *dA_chunk = state + matrix;
+  const int64_t all = blocks * matrix;
+  Scratch matrices(all + 2 * matrix), parameters(a.directions * 4 * all), sums(a.directions * 2 * blocks * W);
+  Scratch rows(8 * kChunk * W), operands(2 * operand_floats(a)), tape((2 * kChunk + 1) * matrix);
+  Scratch lanes_out(2 * kChunk * matrix), ungated(a.z ? longest * blocks * W : 0);
+  float *dh = matrices.get(), *state = dh + all, *dA_chunk = state + matrix;
   float* row[8];
   for (int i = 0; i < 8; ++i) row[i] = rows.get() + i * kChunk * W;
   float *x = row[0], *dt = row[1], *dtx = row[2], *slope = row[3], *dy = row[4], *y = row[5], *sum_a = row[6],
@@ -228,21 +228,26 @@ void backward_task(const ScanArgs& a, const Shape& shape, const Partials* partia
   float *decay = tape.get(), *history = decay + kChunk * matrix;
   float *dB = lanes_out.get(), *dC = dB + kChunk * matrix;
 
-  for (int direction = 0; direction < a.directions; ++direction) {
-    const ScanDirection& dir = a.dir[direction];
-    const Partials& out = partials[direction];
-    const Grouping groups_B = grouping_B(a, dir), groups_C = grouping_C(a, dir);
-    Operand B{operands.get(), !groups_B.shared(first, width), 0};
-    Operand C{operands.get() + operand_floats(a), !groups_C.shared(first, width), 0};
-    std::memset(dA, 0, 3 * blocks * matrix * sizeof(float));  // dA, dB_sum, dC_sum
-    std::memset(sums.get(), 0, 2 * blocks * W * sizeof(float));
+  std::memset(parameters.get(), 0, a.directions * 4 * all * sizeof(float));
+  std::memset(sums.get(), 0, a.directions * 2 * blocks * W * sizeof(float));
+  for (int direction = 0; direction < a.directions; ++direction)
     for (int64_t block = 0; block < blocks; ++block) {
+      const ScanDirection& dir = a.dir[direction];
       const int64_t channel = first + block * W;
       const int lanes = int(min64(W, first + width - channel));
-      load_states(dir.A.at<float>(channel), dir.A, 0, a.n, lanes, kLog2e, A + block * matrix);
+      load_states(dir.A.at<float>(channel), dir.A, 0, a.n, lanes, kLog2e,
+                  parameters.get() + direction * 4 * all + block * matrix);
     }
-    for (int64_t index = row_group * kRowGroup; index < row_end; ++index) {
-      const Sequence seq(a, index);
+
+  for (int64_t index = row_group * kRowGroup; index < row_end; ++index) {
+    const Sequence seq(a, index);
+    for (int direction = 0; direction < a.directions; ++direction) {
+      const ScanDirection& dir = a.dir[direction];
+      const Partials& out = partials[direction];
+      float *A = parameters.get() + direction * 4 * all, *dA = A + all, *dB_sum = dA + all, *dC_sum = dB_sum + all;
+      const Grouping groups_B = grouping_B(a, dir), groups_C = grouping_C(a, dir);
+      Operand B{operands.get(), !groups_B.shared(first, width), 0};
+      Operand C{operands.get() + operand_floats(a), !groups_C.shared(first, width), 0};
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t channel = first + block * W;
         const int lanes = int(min64(W, first + width - channel));
@@ -286,7 +291,7 @@ void backward_task(const ScanArgs& a, const Shape& shape, const Partials* partia
           backward_chunk(chunk.size, states, A_block, dh_block, dA_chunk, dt, dtx, dy, B, C, decay, history, sum_a, sum_b,
                          dB, dC);
           for (int64_t s = 0; s < matrix; s += W) store(dA_block + s, load(dA_block + s) + load(dA_chunk + s));
-          float* sum_D = sums.get() + block * 2 * W;
+          float* sum_D = sums.get() + (direction * blocks + block) * 2 * W;
           with_dtype(a.dtype, [&](auto in) {
             write_inputs<decltype(in)>(dir, seq, chunk, channel, lanes, x, dt, slope, dy, sum_a, sum_b, sum_D,
                                        sum_D + W);
@@ -315,24 +320,30 @@ void backward_task(const ScanArgs& a, const Shape& shape, const Partials* partia
           store_states(dir.dinitial_state.at<float>(index, channel), dir.dinitial_state, 1, a.n, lanes,
                        dh + block * matrix);
         }
-      if (a.z && direction + 1 == a.directions)
-        with_dtype(a.dtype, [&](auto in) {
-          with_dtype(a.out_dtype, [&](auto out_type) {
-            write_dz<decltype(in), decltype(out_type)>(a, seq, first, blocks, width, ungated.get());
-          });
-        });
     }
-    const View packed{nullptr, {a.n, 1, 0, 0}};
+    if (a.z)
+      with_dtype(a.dtype, [&](auto in) {
+        with_dtype(a.out_dtype, [&](auto out_type) {
+          write_dz<decltype(in), decltype(out_type)>(a, seq, first, blocks, width, ungated.get());
+        });
+      });
+  }
+
+  const View packed{nullptr, {a.n, 1, 0, 0}};
+  for (int direction = 0; direction < a.directions; ++direction)
     for (int64_t block = 0; block < blocks; ++block) {
+      const ScanDirection& dir = a.dir[direction];
+      const Partials& out = partials[direction];
       const int64_t channel = first + block * W, slot = row_group * a.d + channel;
       const int lanes = int(min64(W, first + width - channel));
-      store_states(out.dA + slot * a.n, packed, 0, a.n, lanes, dA + block * matrix);
-      if (dir.constant_B) store_states(out.dB + slot * a.n, packed, 0, a.n, lanes, dB_sum + block * matrix);
-      if (dir.constant_C) store_states(out.dC + slot * a.n, packed, 0, a.n, lanes, dC_sum + block * matrix);
-      store_lanes(out.dD + slot, 1, lanes, load(sums.get() + block * 2 * W));
-      store_lanes(out.dbias + slot, 1, lanes, load(sums.get() + block * 2 * W + W));
+      const float* dA = parameters.get() + direction * 4 * all + all + block * matrix;
+      const float* sum_D = sums.get() + (direction * blocks + block) * 2 * W;
+      store_states(out.dA + slot * a.n, packed, 0, a.n, lanes, dA);
+      if (dir.constant_B) store_states(out.dB + slot * a.n, packed, 0, a.n, lanes, dA + all);
+      if (dir.constant_C) store_states(out.dC + slot * a.n, packed, 0, a.n, lanes, dA + 2 * all);
+      store_lanes(out.dD + slot, 1, lanes, load(sum_D));
+      store_lanes(out.dbias + slot, 1, lanes, load(sum_D + W));
     }
-  }
 }
 
 // dB or dC of the tokens [begin, end): blocks of channels added in order.
