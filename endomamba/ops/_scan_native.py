@@ -97,6 +97,8 @@ def scan_fwd(
             final = empty(x, _num_seqs(x, cu_seqlens), *side.A.shape, dtype=torch.float32)
         if save_states:
             chunk = empty(x, *chunk_states_shape(x, side.A, cu_seqlens), dtype=torch.float32)
+            if cu_seqlens is not None:
+                chunk.zero_()  # slots that no chunk owns: an op's output must not be what memory happened to hold
         dir.final_state, dir.chunk_states = view(final), view(chunk)
         finals.append(empty(x, dtype=torch.float32) if final is None else final)
         chunks.append(empty(x, dtype=torch.float32) if chunk is None else chunk)

@@ -1,0 +1,22 @@
+"""The ops: one folder each, the same skeleton in all (see CONTRIBUTING.md)."""
+
+from ._backend import backend_info, explain
+from .add_rms_norm import add_layer_norm, add_rms_norm
+from .bidirectional_scan import bidirectional_scan
+from .causal_conv1d import bidirectional_conv1d, causal_conv1d
+from .frame_step import frame_step
+from .mixer_inner import mixer_inner
+from .selective_scan import selective_scan
+
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "backend_info",
+    "bidirectional_conv1d",
+    "bidirectional_scan",
+    "causal_conv1d",
+    "explain",
+    "frame_step",
+    "mixer_inner",
+    "selective_scan",
+]

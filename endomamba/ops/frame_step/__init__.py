@@ -1,0 +1,3 @@
+from .api import frame_step
+
+__all__ = ["frame_step"]

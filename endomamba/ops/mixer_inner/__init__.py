@@ -1,0 +1,3 @@
+from .api import mixer_inner
+
+__all__ = ["mixer_inner"]

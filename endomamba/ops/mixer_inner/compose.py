@@ -1,0 +1,170 @@
+"""mixer_inner from the conv and scan kernels of one back end, forward and its backward by hand.
+
+Letters: b sequences, l tokens, d channels, n state size, r dt rank, w conv width.  u is the convolved input.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._backend import TABLES
+from .._scan import empty
+
+
+class Side(NamedTuple):
+    """The parameters of one direction; see mixer_inner."""
+
+    conv_weight: Tensor
+    conv_bias: Tensor | None
+    x_proj_weight: Tensor
+    dt_proj_weight: Tensor
+    dt_bias: Tensor | None
+    A: Tensor
+    D: Tensor | None
+
+
+class Walk(NamedTuple):
+    """How the tokens are visited."""
+
+    cu_seqlens: Tensor | None
+    reverse: bool
+    frames: int
+    max_seqlen: int
+    plan: str
+
+
+class Projected(NamedTuple):
+    """What the scan reads besides u, and what the backward of the projections needs."""
+
+    dt: Tensor  # (b, l, d)
+    B: Tensor  # (b, l, 1, n)
+    C: Tensor  # (b, l, 1, n)
+    dt_low: Tensor  # (b, l, r)
+
+
+def project(u: Tensor, side: Side) -> Projected:
+    """dt, B, C of every token, in the dtype of u."""
+    r, n = side.dt_proj_weight.shape[1], side.A.shape[1]
+    projected = F.linear(u, side.x_proj_weight.to(u.dtype))
+    dt_low, B, C = projected.split((r, n, n), dim=-1)
+    return Projected(F.linear(dt_low, side.dt_proj_weight.to(u.dtype)), B.unsqueeze(2), C.unsqueeze(2), dt_low)
+
+
+def project_backward(
+    u: Tensor, side: Side, projected: Projected, ddt: Tensor, dB: Tensor, dC: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> du through the projections, dx_proj_weight, ddt_proj_weight, the last two in their weight's dtype."""
+    ddt_rows, low_rows = ddt.flatten(0, 1), projected.dt_low.flatten(0, 1)
+    ddt_proj = ddt_rows.mT @ low_rows
+    ddt_low = ddt @ side.dt_proj_weight.to(u.dtype)
+    dprojected = torch.cat((ddt_low, dB.squeeze(2), dC.squeeze(2)), dim=-1)
+    dx_proj = dprojected.flatten(0, 1).mT @ u.flatten(0, 1)
+    du = dprojected @ side.x_proj_weight.to(u.dtype)
+    return du, dx_proj.to(side.x_proj_weight.dtype), ddt_proj.to(side.dt_proj_weight.dtype)
+
+
+def fwd(
+    backend: str,
+    xz: Tensor,
+    side: Side,
+    side_b: Side | None,
+    initial_conv_state: Tensor | None,
+    initial_ssm_state: Tensor | None,
+    walk: Walk,
+    scale: float,
+    return_final_state: bool,
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> y, final conv state, final ssm state, chunk states of both directions; empty where not asked for."""
+    x, z = xz.chunk(2, dim=-1)
+    if side_b is None:
+        u, conv_state = _conv(backend, x, side, initial_conv_state, walk, return_final_state)
+        dt, B, C, _ = project(u, side)
+        y, ssm_state, chunks = TABLES["selective_scan"][backend].fwd(
+            u, dt, side.A, B, C, side.D, z, side.dt_bias, initial_ssm_state, walk.cu_seqlens, None,
+            True, walk.reverse, walk.frames, walk.max_seqlen, return_final_state, save_states, False, walk.plan,
+        )  # fmt: skip
+        return y, conv_state, ssm_state, chunks, empty(xz, dtype=chunks.dtype)
+    u, u_b = _conv_both(backend, x, side, side_b, walk)
+    dt, B, C, _ = project(u, side)
+    dt_b, B_b, C_b, _ = project(u_b, side_b)
+    y, _, _, chunks, chunks_b = TABLES["bidirectional_scan"][backend].fwd(
+        u, dt, side.A, B, C, u_b, dt_b, side_b.A, B_b, C_b, side.D, side_b.D, z, side.dt_bias, side_b.dt_bias,
+        None, None, walk.cu_seqlens, None,
+        scale, True, walk.frames, walk.max_seqlen, False, save_states, False, walk.plan,
+    )  # fmt: skip
+    return y, empty(xz, dtype=chunks.dtype), empty(xz, dtype=chunks.dtype), chunks, chunks_b
+
+
+def bwd(
+    backend: str,
+    dy: Tensor | None,
+    dconv_state: Tensor | None,
+    dssm_state: Tensor | None,
+    xz: Tensor,
+    side: Side,
+    side_b: Side | None,
+    initial_conv_state: Tensor | None,
+    initial_ssm_state: Tensor | None,
+    chunks: Tensor,
+    chunks_b: Tensor,
+    walk: Walk,
+    scale: float,
+) -> tuple[Tensor, Side, Side | None, Tensor, Tensor]:
+    """-> dxz, the gradients of both sides, dinitial_conv_state, dinitial_ssm_state; empty for absent inputs."""
+    x, z = xz.chunk(2, dim=-1)
+    if side_b is None:
+        u, _ = _conv(backend, x, side, initial_conv_state, walk, False)
+        projected = project(u, side)
+        du, ddt, dA, dB, dC, dD, dz, ddt_bias, dssm = TABLES["selective_scan"][backend].bwd(
+            dy, dssm_state, u, *projected[:1], side.A, *projected[1:3], side.D, z, side.dt_bias, initial_ssm_state,
+            walk.cu_seqlens, None, chunks, True, walk.reverse, walk.frames, walk.max_seqlen, walk.plan,
+        )  # fmt: skip
+        du_projected, dx_proj, ddt_proj = project_backward(u, side, projected, ddt, dB, dC)
+        dx, dweight, dbias, dconv = TABLES["causal_conv1d"][backend].bwd(
+            du.add_(du_projected), dconv_state, x, side.conv_weight, side.conv_bias, initial_conv_state,
+            walk.cu_seqlens, True, walk.reverse, walk.frames,
+        )  # fmt: skip
+        return torch.cat((dx, dz), -1), Side(dweight, dbias, dx_proj, ddt_proj, ddt_bias, dA, dD), None, dconv, dssm
+    u, u_b = _conv_both(backend, x, side, side_b, walk)
+    projected, projected_b = project(u, side), project(u_b, side_b)
+    dt, B, C, _ = projected
+    dt_b, B_b, C_b, _ = projected_b
+    (
+        du, ddt, dA, dB, dC, du_b, ddt_b, dA_b, dB_b, dC_b, dD, dD_b, dz, ddt_bias, ddt_bias_b, *_,
+    ) = TABLES["bidirectional_scan"][backend].bwd(
+        dy, None, None, u, dt, side.A, B, C, u_b, dt_b, side_b.A, B_b, C_b, side.D, side_b.D, z,
+        side.dt_bias, side_b.dt_bias, None, None, walk.cu_seqlens, None, chunks, chunks_b,
+        scale, True, walk.frames, walk.max_seqlen, walk.plan,
+    )  # fmt: skip
+    du_projected, dx_proj, ddt_proj = project_backward(u, side, projected, ddt, dB, dC)
+    du_projected_b, dx_proj_b, ddt_proj_b = project_backward(u_b, side_b, projected_b, ddt_b, dB_b, dC_b)
+    dx, dweight, dbias, dweight_b, dbias_b = TABLES["bidirectional_conv1d"][backend].bwd(
+        du.add_(du_projected), du_b.add_(du_projected_b), x, side.conv_weight, side.conv_bias,
+        side_b.conv_weight, side_b.conv_bias, walk.cu_seqlens, True, walk.frames,
+    )  # fmt: skip
+    absent = (empty(xz, dtype=dA.dtype) for _ in range(2))
+    return (
+        torch.cat((dx, dz), -1),
+        Side(dweight, dbias, dx_proj, ddt_proj, ddt_bias, dA, dD),
+        Side(dweight_b, dbias_b, dx_proj_b, ddt_proj_b, ddt_bias_b, dA_b, dD_b),
+        *absent,
+    )
+
+
+def _conv(
+    backend: str, x: Tensor, side: Side, state: Tensor | None, walk: Walk, return_final_state: bool
+) -> tuple[Tensor, Tensor]:
+    return TABLES["causal_conv1d"][backend].fwd(
+        x, side.conv_weight, side.conv_bias, state, walk.cu_seqlens, True, walk.reverse, walk.frames, return_final_state
+    )
+
+
+def _conv_both(backend: str, x: Tensor, side: Side, side_b: Side, walk: Walk) -> tuple[Tensor, Tensor]:
+    return TABLES["bidirectional_conv1d"][backend].fwd(
+        x, side.conv_weight, side.conv_bias, side_b.conv_weight, side_b.conv_bias, walk.cu_seqlens, True, walk.frames
+    )

@@ -1,0 +1,395 @@
+"""mixer_inner and frame_step: equal to the public ops they are made of, in every gradient; a state that is carried on."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+from endomamba.ops import (
+    backend_info,
+    bidirectional_conv1d,
+    bidirectional_scan,
+    causal_conv1d,
+    frame_step,
+    mixer_inner,
+    selective_scan,
+)
+from endomamba.ops.frame_step.op import frame_step_op
+from endomamba.ops.mixer_inner.op import mixer_inner_op
+from tests.accuracy import assert_as_accurate_as_eager
+
+BACKENDS = [name for name in ("cpu", "reference") if not backend_info()["mixer_inner"][name]]
+NAMES = ("conv_weight", "conv_bias", "x_proj_weight", "dt_proj_weight", "dt_bias", "A", "D")
+
+
+def parameters(d, n, r, w=4, dtype=torch.float32, seed=0):
+    """Slow decays: dt around 0.03, so that a state outlives the sequences of these tests."""
+    g = torch.Generator().manual_seed(seed)
+    values = (
+        torch.randn(d, w, generator=g) / 2,
+        torch.randn(d, generator=g) / 2,
+        torch.randn(r + 2 * n, d, generator=g) / d**0.5,
+        torch.randn(d, r, generator=g) / 4,
+        torch.rand(d, generator=g) - 4,
+        -torch.rand(d, n, generator=g) - 0.5,
+        torch.randn(d, generator=g),
+    )
+    return [v.to(dtype) for v in values]
+
+
+def inputs(b, l, d, n, w=4, dtype=torch.float32, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    xz = torch.randn(b, l, 2 * d, generator=g)
+    return xz.to(dtype), torch.randn(b, w - 1, d, generator=g), torch.randn(b, d, n, generator=g)
+
+
+def composed(xz, p, p_b=None, conv_state=None, ssm_state=None, scale=1.0, backend="reference", **walk):
+    """What mixer_inner is by definition, out of public ops, differentiated by autograd."""
+    x, z = xz.chunk(2, -1)
+
+    def project(u, p):
+        r, n = p[3].shape[1], p[5].shape[1]
+        low, B, C = F.linear(u, p[2].to(u.dtype)).split((r, n, n), -1)
+        return F.linear(low, p[3].to(u.dtype)), B, C
+
+    if p_b is None:
+        u, conv_state = causal_conv1d(
+            x, p[0], p[1], activation="silu", initial_state=conv_state, return_final_state=True, backend=backend, **walk
+        )
+        dt, B, C = project(u, p)
+        y, ssm_state = selective_scan(
+            u, dt, p[5], B, C, p[6], z, p[4],
+            initial_state=ssm_state, return_final_state=True, backend=backend, **walk,
+        )  # fmt: skip
+        return y, conv_state, ssm_state
+    u, u_b = bidirectional_conv1d(x, *p[:2], *p_b[:2], activation="silu", backend=backend, **walk)
+    (dt, B, C), (dt_b, B_b, C_b) = project(u, p), project(u_b, p_b)
+    y, _, _ = bidirectional_scan(
+        u, dt, p[5], B, C, u_b, dt_b, p_b[5], B_b, C_b,
+        D=p[6], D_b=p_b[6], z=z, dt_bias=p[4], dt_bias_b=p_b[4], scale=scale, backend=backend, **walk,
+    )  # fmt: skip
+    return y, None, None
+
+
+def gradients(outputs, tensors, seed=2):
+    """Gradients of a fixed random projection of all outputs."""
+    g = torch.Generator().manual_seed(seed)
+    loss = sum((o * torch.randn(o.shape, generator=g).to(o.dtype)).sum() for o in outputs if o is not None)
+    return torch.autograd.grad(loss, tensors)
+
+
+def leaves(tensors, dtype=None):
+    return [t.detach().to(t.dtype if dtype is None else dtype).requires_grad_() for t in tensors]
+
+
+CASES = {
+    "base": dict(b=2, l=37, d=24, n=16, r=3),
+    "one-token": dict(b=1, l=1, d=8, n=4, r=1),  # shorter than the window
+    "two-tokens": dict(b=2, l=2, d=8, n=4, r=1),
+    "chunks": dict(b=1, l=130, d=20, n=16, r=2),  # two chunk boundaries
+    "odd": dict(b=3, l=9, d=17, n=3, r=2),
+}
+WALKS = {"frame": {}, "reverse": dict(reverse=True), "time": dict(order="time", frames=4)}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES)
+def test_causal_equals_its_parts_in_every_gradient(case, backend):
+    sizes = dict(CASES[case])
+    r = sizes.pop("r")
+    p = parameters(sizes["d"], sizes["n"], r)
+    xz, conv_state, ssm_state = inputs(**sizes)
+    tensors = [xz, *p, conv_state, ssm_state]
+
+    def run(op, dtype, **kw):
+        t = leaves(tensors, dtype)
+        if op is mixer_inner:
+            out = mixer_inner(
+                t[0], *t[1:8], initial_conv_state=t[8], initial_ssm_state=t[9], return_final_state=True, **kw
+            )
+        else:
+            out = composed(t[0], t[1:8], conv_state=t[8], ssm_state=t[9], **kw)
+        return [o.detach() for o in out], gradients(out, t)
+
+    got, eager, truth = run(mixer_inner, None, backend=backend), run(composed, None), run(composed, torch.float64)
+    names = ("y", "conv_state", "ssm_state"), ("xz", *NAMES, "initial_conv_state", "initial_ssm_state")
+    for group, values in zip(names, zip(got, eager, truth, strict=True), strict=True):
+        for name, *triple in zip(group, *values, strict=True):
+            # slack 4: another order of the products in the projections, each a sum over d
+            assert_as_accurate_as_eager(name, *triple, slack=4.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES)
+def test_bidirectional_equals_its_parts_in_every_gradient(case, backend):
+    sizes = dict(CASES[case])
+    r = sizes.pop("r")
+    p, p_b = (parameters(sizes["d"], sizes["n"], r, seed=seed) for seed in (0, 5))
+    tensors = [inputs(**sizes)[0], *p, *p_b]
+
+    def run(op, dtype, **kw):
+        t = leaves(tensors, dtype)
+        out = op(t[0], *t[1:], **kw) if op is mixer_inner else op(t[0], t[1:8], t[8:], **kw)
+        return [out[0].detach()], gradients(out, t)
+
+    scale = dict(scale=0.5)
+    got = run(mixer_inner, None, backend=backend, **scale)
+    eager, truth = run(composed, None, **scale), run(composed, torch.float64, **scale)
+    names = ("y",), ("xz", *NAMES, *(name + "_b" for name in NAMES))
+    for group, values in zip(names, zip(got, eager, truth, strict=True), strict=True):
+        for name, *triple in zip(group, *values, strict=True):
+            assert_as_accurate_as_eager(name, *triple, slack=4.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize("both", [False, True], ids=["causal", "bidirectional"])
+def test_walks(walk, both, backend):
+    if both and walk == "reverse":
+        pytest.skip("both ways have no reverse")
+    p, p_b = parameters(12, 4, 2), parameters(12, 4, 2, seed=5) if both else None
+    xz = inputs(2, 20, 12, 4)[0]
+    got = mixer_inner(xz, *p, *(p_b or ()), backend=backend, **WALKS[walk])[0]
+    expected = composed(
+        xz.double(), [t.double() for t in p], p_b and [t.double() for t in p_b], **WALKS[walk]
+    )[0]
+    plain = composed(xz, p, p_b)[0]
+    torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-5)
+    if walk != "frame":
+        assert (got - plain).abs().max() > 1e-2, "the walk changes nothing: this test shows nothing"
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["causal", "bidirectional"])
+def test_gradcheck(both):
+    p, p_b = parameters(3, 2, 1, w=3), parameters(3, 2, 1, w=3, seed=5)
+    xz, conv_state, ssm_state = inputs(2, 5, 3, 2, w=3)
+    if both:
+        t = leaves([xz, *p, *p_b], torch.float64)
+        assert torch.autograd.gradcheck(lambda *t: mixer_inner(*t, scale=0.5)[0], t)
+    else:
+        t = leaves([xz, *p, conv_state, ssm_state], torch.float64)
+        assert torch.autograd.gradcheck(
+            lambda *t: mixer_inner(*t[:8], initial_conv_state=t[8], initial_ssm_state=t[9], return_final_state=True), t
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("split", [1, 2, 3, 20, 64, 69])
+def test_split_and_carried_state_equal_the_whole(split, backend):
+    """Outputs and gradients, the gradient flowing back through both states (demand B2, B7: chunks shorter than w)."""
+    p, (xz, conv_state, ssm_state) = parameters(16, 4, 2), inputs(2, 70, 16, 4)
+    states = dict(return_final_state=True, backend=backend)
+
+    def whole(t):
+        return mixer_inner(t[0], *t[1:8], initial_conv_state=t[8], initial_ssm_state=t[9], **states)
+
+    def parts(t, keep_state=1.0):
+        y1, c, h = mixer_inner(t[0][:, :split], *t[1:8], initial_conv_state=t[8], initial_ssm_state=t[9], **states)
+        y2, c, h = mixer_inner(
+            t[0][:, split:], *t[1:8], initial_conv_state=c, initial_ssm_state=h * keep_state, **states
+        )
+        return torch.cat((y1, y2), 1), c, h
+
+    tensors = [xz, *p, conv_state, ssm_state]
+    t_whole, t_parts = leaves(tensors), leaves(tensors)
+    out, split_out = whole(t_whole), parts(t_parts)
+    tolerance = 2e-5
+    lost = (parts(t_parts, keep_state=0.0)[0] - out[0]).abs().max()
+    assert lost > 100 * tolerance, f"the state does not matter here ({lost:.1e})"
+    for a, b in zip(split_out, out, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    for a, b in zip(gradients(split_out, t_parts), gradients(out, t_whole), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_equals_a_loop(backend):
+    p, lengths = parameters(8, 4, 2), [3, 0, 1, 17]
+    xz = inputs(1, sum(lengths), 8, 4)[0]
+    _, conv_state, ssm_state = inputs(len(lengths), 1, 8, 4)
+    cu = torch.tensor([0, 3, 3, 4, 21], dtype=torch.int32)
+    tensors = leaves([xz, *p, conv_state, ssm_state])
+    states = dict(return_final_state=True, backend=backend)
+    packed = mixer_inner(
+        *tensors[:8], initial_conv_state=tensors[8], initial_ssm_state=tensors[9], cu_seqlens=cu, max_seqlen=17, **states
+    )
+    loop_tensors = leaves([xz, *p, conv_state, ssm_state])
+    rows = [
+        mixer_inner(
+            loop_tensors[0][:, start:stop], *loop_tensors[1:8], initial_conv_state=loop_tensors[8][i : i + 1],
+            initial_ssm_state=loop_tensors[9][i : i + 1], **states,
+        )
+        for i, (start, stop) in enumerate(zip(cu.tolist(), cu.tolist()[1:], strict=False))
+    ]  # fmt: skip
+    loop = [torch.cat([row[k] for row in rows], 1 if k == 0 else 0) for k in range(3)]
+    for a, b in zip(packed, loop, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    for a, b in zip(gradients(packed, tensors), gradients(loop, loop_tensors), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision(dtype, backend):
+    """Activations in half precision, parameters in fp32: gradients come in their tensor's dtype, y stays near fp64."""
+    p, (xz, conv_state, ssm_state) = parameters(32, 16, 2), inputs(2, 50, 32, 16, dtype=dtype)
+    t = leaves([xz, *p, conv_state, ssm_state])
+    out = mixer_inner(*t[:8], initial_conv_state=t[8], initial_ssm_state=t[9], return_final_state=True, backend=backend)
+    assert out[0].dtype == dtype and out[1].dtype == out[2].dtype == torch.float32
+    truth_t = leaves([xz, *p, conv_state, ssm_state], torch.float64)
+    truth = composed(truth_t[0], truth_t[1:8], conv_state=truth_t[8], ssm_state=truth_t[9])
+    eager_t = leaves([xz, *p, conv_state, ssm_state])
+    eager = composed(eager_t[0], eager_t[1:8], conv_state=eager_t[8], ssm_state=eager_t[9])
+    for name, got, plain, exact in zip(("y", "conv", "ssm"), out, eager, truth, strict=True):
+        assert_as_accurate_as_eager(name, got.detach(), plain.detach(), exact.detach())
+    triples = zip(gradients(out, t), gradients(eager, eager_t), gradients(truth, truth_t), t, strict=True)
+    for name, (got, plain, exact, tensor) in zip(("xz", *NAMES, "h_conv", "h_ssm"), triples, strict=True):
+        assert got.dtype == tensor.dtype
+        # slack 3: the gradient of u is added in half precision from two sources, here in another order
+        assert_as_accurate_as_eager(name, got, plain, exact, slack=3.0)
+
+
+def test_autocast_runs_the_projections_in_its_dtype():
+    p, (xz, *_) = parameters(16, 4, 2), inputs(1, 10, 16, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _, state = mixer_inner(xz, *p, return_final_state=True)
+    plain, _, plain_state = mixer_inner(xz.bfloat16(), *p, return_final_state=True)
+    assert y.dtype == torch.bfloat16 and state.dtype == torch.float32
+    assert torch.equal(y, plain) and torch.equal(state, plain_state)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("l", [1, 2, 5, 66])
+def test_frame_step_is_mixer_inner_in_place(l, backend):
+    p, (xz, conv_state, ssm_state) = parameters(16, 4, 2), inputs(2, l, 16, 4)
+    expected = mixer_inner(
+        xz, *p, initial_conv_state=conv_state, initial_ssm_state=ssm_state, return_final_state=True, backend=backend
+    )
+    conv, ssm = conv_state.clone(), ssm_state.clone()
+    y = frame_step(xz, conv, ssm, *p, backend=backend)
+    for got, want in zip((y, conv, ssm), expected, strict=True):
+        assert torch.equal(got, want)
+    assert not torch.equal(conv, conv_state) and not torch.equal(ssm, ssm_state)
+
+
+def test_frame_step_refuses_gradients():
+    p, (xz, conv_state, ssm_state) = parameters(8, 4, 2), inputs(1, 3, 8, 4)
+    before = ssm_state.clone()
+    with pytest.raises(RuntimeError, match="no gradient"):
+        frame_step(xz.requires_grad_(), conv_state, ssm_state, *p)
+    assert torch.equal(ssm_state, before)
+    with torch.no_grad():
+        assert frame_step(xz, conv_state, ssm_state, *p).isfinite().all()
+
+
+def test_no_double_backward():
+    p, (xz, *_) = parameters(4, 2, 1), inputs(1, 3, 4, 2)
+    xz = xz.requires_grad_()
+    (first,) = torch.autograd.grad(mixer_inner(xz, *p)[0].sum(), xz, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no double backward"):
+        first.sum().backward()
+
+
+FORMS = {
+    "causal": dict(),
+    "causal-bare": dict(drop=("conv_bias", "dt_bias", "D")),
+    "states": dict(states=True),
+    "both": dict(both=True),
+    "packed": dict(packed=True, states=True),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("save_states", [True, False], ids=["train", "eval"])
+def test_opcheck(form, save_states):
+    options = FORMS[form]
+    sequences = 3 if options.get("packed") else 2
+    p, p_b = parameters(6, 4, 2), parameters(6, 4, 2, seed=5)
+    p = [None if name in options.get("drop", ()) else t for name, t in zip(NAMES, p, strict=True)]
+    xz = inputs(1 if options.get("packed") else 2, 7, 6, 4)[0]
+    _, conv_state, ssm_state = inputs(sequences, 1, 6, 4)
+    tensors = [xz, *p, *(p_b if options.get("both") else [None] * 7)]
+    tensors += [conv_state, ssm_state] if options.get("states") else [None, None]
+    if save_states:
+        tensors = [None if t is None else t.requires_grad_() for t in tensors]
+    cu = torch.tensor([0, 3, 3, 7]) if options.get("packed") else None
+    args = (*tensors, cu, 1.0, False, 0, 4 if cu is not None else 0, not options.get("both"), save_states, "auto", "auto")
+    opcheck(mixer_inner_op, args)
+
+
+def test_opcheck_frame_step():
+    p, (xz, conv_state, ssm_state) = parameters(6, 4, 2), inputs(2, 5, 6, 4)
+    opcheck(frame_step_op, (xz, conv_state, ssm_state, *p, "auto"))
+
+
+def test_compile_fullgraph():
+    p, p_b = parameters(8, 4, 2), parameters(8, 4, 2, seed=5)
+
+    def step(xz, conv_state, ssm_state):
+        y, conv_state, ssm_state = mixer_inner(
+            xz, *p, initial_conv_state=conv_state, initial_ssm_state=ssm_state, return_final_state=True
+        )
+        return mixer_inner(torch.cat((y, y), -1), *p, *p_b)[0], conv_state, ssm_state
+
+    tensors = leaves(inputs(2, 9, 8, 4))
+    compiled_tensors = leaves(inputs(2, 9, 8, 4))
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    out, compiled_out = step(*tensors), compiled(*compiled_tensors)
+    for a, b in zip(compiled_out, out, strict=True):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(gradients(compiled_out, compiled_tensors), gradients(out, tensors), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_same_bits_on_any_thread_count():
+    p, p_b = parameters(80, 16, 5), parameters(80, 16, 5, seed=5)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            t = leaves([inputs(9, 70, 80, 16)[0], *p, *p_b])
+            u = t[0].chunk(2, -1)[0]
+            y = bidirectional_conv1d(u, t[1], t[2], t[8], t[9], activation="silu")
+            results.append(gradients(y, (t[0], t[1], t[2], t[8], t[9])))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_flops_are_counted_by_hand():
+    b, l, d, n, r, w = 2, 5, 8, 4, 2, 4
+    p, (xz, *_) = parameters(d, n, r, w), inputs(b, l, d, n, w)
+    with FlopCounterMode(display=False) as counter:
+        mixer_inner(xz, *p)
+    tokens = b * l
+    conv, x_proj, dt_proj = 2 * tokens * d * w, 2 * tokens * d * (r + 2 * n), 2 * tokens * d * r
+    scan, gate = 9 * tokens * d * n + tokens * d, tokens * d
+    assert counter.get_total_flops() == conv + x_proj + dt_proj + scan + gate
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(xz=torch.zeros(2, 5, 15)), "odd last size"),
+        (dict(A=torch.zeros(7, 4)), r"A must be \(d, n\) with d = 8"),
+        (dict(x_proj_weight=torch.zeros(9, 8)), r"x_proj_weight must have shape"),
+        (dict(initial_ssm_state=torch.zeros(1, 8, 4)), r"initial_ssm_state must have shape .*\(2, 8, 4\), got \(1, 8, 4\)"),
+        (dict(scale=0.5), "scale=0.5 weighs the sum of two directions"),
+        (dict(conv_weight_b=torch.zeros(8, 4)), "needs x_proj_weight_b, A_b, dt_proj_weight_b too"),
+        (dict(backend="gpu"), "backend must be 'auto' or one of"),
+        (dict(plan="fast"), "plan must be 'auto' or 'invariant'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_input_gets_one_sentence(change, message):
+    arguments = dict(zip(NAMES, parameters(8, 4, 2), strict=True), xz=torch.zeros(2, 5, 16)) | change
+    with pytest.raises(ValueError, match=message) as error:
+        mixer_inner(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_named_backend_that_cannot_run_gives_its_reason():
+    with pytest.raises(NotImplementedError, match="this version has no triton kernel"):
+        mixer_inner(torch.zeros(2, 5, 16), *parameters(8, 4, 2), backend="triton")
