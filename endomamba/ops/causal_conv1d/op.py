@@ -92,13 +92,16 @@ def _(dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, silu, revers
 
 
 def _causal_setup(ctx, inputs, output):
-    x, weight, bias, initial_state, cu_seqlens, silu, reverse, frames, max_seqlen, _, plan, backend = inputs
+    x, weight, bias, initial_state, cu_seqlens, silu, reverse, frames, max_seqlen, asked, plan, backend = inputs
     ctx.save_for_backward(x, weight, bias, initial_state, cu_seqlens)
     ctx.options = (silu, reverse, frames, max_seqlen, plan, backend)
+    ctx.has_final_state = asked
     ctx.set_materialize_grads(False)
 
 
 def _causal_backward(ctx, dy, dfinal_state):
+    if not ctx.has_final_state:
+        dfinal_state = None  # torch.compile sends one for the empty output too
     if dy is None and dfinal_state is None:
         return (None,) * 12
     x, weight, bias, initial_state, cu_seqlens = ctx.saved_tensors
