@@ -145,9 +145,9 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, scale, dt_softplus, frames, max_seqlen, _, _, _, plan, backend = inputs
+    *tensors, scale, dt_softplus, frames, max_seqlen, return_final_state, _, _, plan, backend = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[3:])
+    ctx.mark_non_differentiable(*output[3 if return_final_state else 1 :])
     ctx.save_for_backward(*tensors, *output[3:])
     ctx.flags = scale, dt_softplus, frames, max_seqlen, plan, backend
 

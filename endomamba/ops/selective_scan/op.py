@@ -128,10 +128,10 @@ def gradient(value: Tensor, t: Tensor | None) -> Tensor | None:
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, dt_softplus, reverse, frames, max_seqlen, _, _, _, plan, backend = inputs
-    chunk_states = output[2]
+    *tensors, dt_softplus, reverse, frames, max_seqlen, return_final_state, _, _, plan, backend = inputs
+    _, final_state, chunk_states = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(chunk_states)
+    ctx.mark_non_differentiable(chunk_states, *(() if return_final_state else (final_state,)))
     ctx.save_for_backward(*tensors, chunk_states)
     ctx.flags = dt_softplus, reverse, frames, max_seqlen, plan, backend
 

@@ -1,0 +1,819 @@
+"""selective_scan: the reference against hand, closed form and autograd; every back end against the reference.
+
+The bugs of other scan kernels that these tests answer (A1 to A16 of the list kept with the plan):
+
+| bug | test |
+|---|---|
+| A1 32-bit chunk-state offsets | test_a01_chunk_state_offsets |
+| A2 32-bit operand offsets | test_a02_offsets_beyond_32_bits |
+| A3 last state wrong for constant B | test_a03_final_state_with_constant_operands |
+| A4 no gradient through the last state | test_a04_loss_on_the_final_state_only |
+| A5 padded tail decays | test_a05_odd_lengths_with_a_gradient_at_the_end |
+| A6, A7 no training with carried state | test_a06_a07_training_over_clips |
+| A8 atomics | test_a08_repeated_calls_give_the_same_bits |
+| A9 more than 65,535 channels | test_a09_seventy_thousand_channels |
+| A10 all-zero gradients | test_a10_no_gradient_is_zero |
+| A11 lengths 0 to 4 | test_as_accurate_as_eager[l0 .. l4] |
+| A12 dtype mixes, autocast | test_a12_dtype_mixes |
+| A13 narrow parametrisation | test_as_accurate_as_eager, test_a13_four_thousand_channels |
+| A14 loose tolerances | test_a14_the_accuracy_rule_sees_three_percent |
+| A15 combine order, complex input | test_split_anywhere, test_a15_complex_is_refused |
+| A16 training path differs | test_a16_training_and_inference_agree |
+"""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from endomamba.ops._scan import CHUNK, chunk_slot, chunk_states_shape, effective_plan, token_order
+from endomamba.ops.selective_scan import reference, selective_scan
+from endomamba.ops.selective_scan.op import selective_scan_backward_op, selective_scan_op
+from tests.accuracy import assert_as_accurate_as_eager
+from tests.ops.scan_cases import (
+    BACKENDS,
+    COMPILED,
+    DTYPES,
+    NO_CPU,
+    ONE_WAY_ROWS,
+    ROWS,
+    assert_bitwise,
+    assert_close,
+    assert_same,
+    cast,
+    check_accuracy,
+    dtype_id,
+    exact,
+    make,
+    one_way,
+    run,
+    scan,
+    tensors,
+    weights,
+)
+
+ALL_ROWS = ROWS | ONE_WAY_ROWS
+backends = pytest.mark.parametrize("backend", BACKENDS)
+compiled = pytest.mark.parametrize("backend", COMPILED)
+OUTPUTS_OF_A_ROW = ("y", "final_state", "dx", "ddt", "dz", "dB", "dC", "dinitial_state")
+
+
+# ---- what the op means ------------------------------------------------------------------------------------------
+
+
+@backends
+def test_worked_by_hand(backend):
+    """One channel, two states, two tokens; dt = ln 2 and ln 4, so decays are powers of two."""
+    x = torch.tensor([3.0, 5.0]).view(1, 2, 1)
+    dt = torch.tensor([math.log(2), math.log(4)]).view(1, 2, 1)
+    A = torch.tensor([[-1.0, -2.0]])
+    B = torch.tensor([[[1.0, 2.0], [1.0, 0.0]]])
+    C = torch.tensor([[[1.0, 1.0], [2.0, 4.0]]])
+    h0 = torch.tensor([[[8.0, 16.0]]])
+    y, h = selective_scan(
+        x, dt, A, B, C, D=torch.tensor([10.0]), initial_state=h0, return_final_state=True, dt_softplus=False,
+        backend=backend,
+    )  # fmt: skip
+    ln2 = math.log(2)
+    h1 = (8 / 2 + 3 * ln2, 16 / 4 + 2 * 3 * ln2)
+    h2 = (h1[0] / 4 + 5 * 2 * ln2, h1[1] / 16)
+    expected = [h1[0] + h1[1] + 30, 2 * h2[0] + 4 * h2[1] + 50]
+    torch.testing.assert_close(y.flatten(), torch.tensor(expected))
+    torch.testing.assert_close(h.flatten(), torch.tensor(h2))
+
+
+@backends
+def test_constant_decay_is_a_geometric_series(backend):
+    """x = B = C = 1 and constant dt: h_k = dt * (1 - a^k) / (1 - a) with a = exp(dt * A)."""
+    l, raw, rate = 200, -3.0, -0.5
+    one = torch.ones(1, l, 1)
+    y, _ = selective_scan(one, raw * one, torch.tensor([[rate]]), one, one, backend=backend)
+    dt = math.log1p(math.exp(raw))
+    a = math.exp(dt * rate)
+    expected = torch.tensor([dt * (1 - a**k) / (1 - a) for k in range(1, l + 1)], dtype=torch.float64)
+    torch.testing.assert_close(y.flatten().double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("row", ALL_ROWS)
+def test_backward_by_hand_is_autograd_of_the_forward(row):
+    inputs = one_way(row, dtype=torch.float64)
+    got = run(inputs, backend="reference")
+    leaves = {k: v.clone().requires_grad_() for k, v in tensors(inputs).items()}
+    args = inputs | leaves
+    grouped = {k: args[k].unsqueeze(2) if args[k].ndim == 3 else args[k] for k in ("B", "C")}
+    y, final_state, _ = reference.fwd(
+        args["x"], args["dt"], args["A"], grouped["B"], grouped["C"], args.get("D"), args.get("z"),
+        args.get("dt_bias"), args.get("initial_state"), args.get("cu_seqlens"), args.get("mask"),
+        args.get("dt_softplus", True), args.get("reverse", False), args.get("frames", 0), 0, True, True, False, "auto",
+    )  # fmt: skip
+    found = torch.autograd.grad(
+        (y, final_state), list(leaves.values()), weights((y, final_state)), allow_unused=True, materialize_grads=True
+    )
+    want = {"y": y.to(got["y"].dtype), "final_state": final_state} | {
+        "d" + k: v for k, v in zip(leaves, found, strict=True)
+    }
+    if got["y"].dtype == torch.float32:  # out_dtype: the incoming gradient was rounded on its way
+        assert_close(got, want, tolerance=1e-6)
+    else:
+        assert_close(got, want)
+
+
+GRADCHECK = {
+    "all": {},
+    "reverse-time": {"reverse": True, "order": "time", "frames": 2},
+    "constant": {"constant": "BC"},
+    "groups": {"g": 2},
+    "packed": {"b": 1, "seqs": 3, "cu_seqlens": torch.tensor([0, 1, 1, 4]), "max_seqlen": 3},
+    "mask": {"mask": torch.tensor([[True, False, True, True]])},
+}
+
+
+@pytest.mark.parametrize("form", GRADCHECK)
+def test_gradcheck(form):
+    inputs = make(**({"b": 1, "l": 4, "d": 2, "n": 2, "dtype": torch.float64} | GRADCHECK[form]), seed=5)
+    leaves = {k: v.requires_grad_() for k, v in tensors(inputs).items()}
+
+    def call(*values):
+        return scan(inputs | dict(zip(leaves, values, strict=True)), backend="reference")
+
+    assert torch.autograd.gradcheck(call, tuple(leaves.values()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+@pytest.mark.parametrize("row", ["base", "g2", "constant-BC", "mask", "packed", "reverse-time"])
+def test_reference_rounds_once(row, dtype):
+    """In low precision the reference is the fp32 reference on the same rounded inputs, rounded at the end."""
+    inputs = one_way(row, dtype=dtype)
+    low = run(inputs, backend="reference")
+    wide = run(cast(inputs, torch.float32), weights((low["y"], low["final_state"])), backend="reference")
+    assert_bitwise(low, {k: v.to(low[k].dtype) for k, v in wide.items()})
+
+
+# ---- every back end against the reference ------------------------------------------------------------------------
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("row", ALL_ROWS)
+def test_as_accurate_as_eager(row, dtype, backend):
+    check_accuracy(one_way(row, dtype=dtype), backend)
+
+
+@pytest.mark.slow
+@compiled
+@pytest.mark.parametrize("n", [1, 3, 16, 33])
+@pytest.mark.parametrize("d", [1, 5, 48, 70])
+@pytest.mark.parametrize("l", [1, 5, 64, 130])
+@pytest.mark.parametrize("constant", ["", "B", "C", "BC"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_as_accurate_as_eager_everywhere(n, d, l, constant, reverse, backend):
+    check_accuracy(make(l=l, d=d, n=n, constant=constant, reverse=reverse), backend)
+
+
+@pytest.mark.skip(reason="needs 8 GiB of chunk states; to run with the GPU kernels, the CPU ones index with int64")
+def test_a01_chunk_state_offsets():
+    """b * chunks * d * n beyond 2^31."""
+
+
+@compiled
+def test_a02_offsets_beyond_32_bits(backend):
+    """Two rows that lie 2^31 elements apart in (mostly untouched) memory."""
+    inputs = make(b=2, l=3, d=4, dtype=torch.float16)
+    far = torch.UntypedStorage(2 * (2**31 + 1024))
+    stride = 2**31 + 64
+    x = torch.tensor([], dtype=torch.float16).set_(far, 0, (2, 3, 4), (stride, 4, 1))
+    x.copy_(inputs["x"])
+    assert_bitwise(run(inputs | {"x": x}, backend=backend), run(inputs, backend=backend))
+
+
+@backends
+@pytest.mark.parametrize("constant", ["", "B", "C", "BC"])
+def test_a03_final_state_with_constant_operands(constant, backend):
+    """The constant form equals the same operand repeated for every token; its gradient is (d, n), summed."""
+    inputs = make(g=12, constant=constant, dtype=torch.float64 if backend == "reference" else torch.float32)
+    b, l, d = inputs["x"].shape
+    wide = {k: inputs[k].expand(b, l, d, -1).contiguous() for k in constant}
+    got, want = run(inputs, backend=backend), run(inputs | wide, backend=backend)
+    for name in constant:
+        want["d" + name] = want["d" + name].sum((0, 1))
+    assert_close(got, want, tolerance=1e-11 if backend == "reference" else 1e-5)
+
+
+@backends
+def test_a04_loss_on_the_final_state_only(backend):
+    inputs = make(l=67)
+    leaves = {k: v.requires_grad_() for k, v in tensors(inputs).items()}
+    _, final_state = scan(inputs | leaves, backend=backend)
+    found = torch.autograd.grad(final_state.square().sum(), list(leaves.values()), allow_unused=True)
+    gradients = dict(zip(leaves, found, strict=True))
+    for name in ("C", "D", "z"):  # they do not reach the state
+        assert gradients[name] is None or not gradients[name].any()
+    doubles = {k: v.detach().double().requires_grad_() for k, v in leaves.items()}
+    _, final_state = scan(inputs | doubles, backend="reference")
+    names = ("x", "dt", "A", "B", "dt_bias", "initial_state")
+    truth = torch.autograd.grad(final_state.square().sum(), [doubles[k] for k in names])
+    for name, want in zip(names, truth, strict=True):
+        assert gradients[name].abs().max() > 0
+        torch.testing.assert_close(gradients[name].double(), want, rtol=2e-4, atol=1e-5 * float(want.abs().max()))
+
+
+@compiled
+@pytest.mark.parametrize("l", [1, 7, 61, 127])
+def test_a05_odd_lengths_with_a_gradient_at_the_end(l, backend):
+    """Past the end the scan must be the identity: the gradient of the final state starts there."""
+    inputs = make(l=l, d=7, n=5)
+    dy = torch.zeros_like(inputs["x"])
+    dfinal = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
+    got, eager = (run(inputs, [dy, dfinal], backend=k) for k in (backend, "reference"))
+    truth = run(cast(inputs, torch.float64), [dy, dfinal], backend="reference")
+    for name in truth:
+        assert_as_accurate_as_eager(name, got[name], eager[name], truth[name])
+
+
+@backends
+def test_a06_a07_training_over_clips(backend):
+    """The state carried over three clips: the gradients are those of one call, and none is lost by the hand-over."""
+    inputs = make(l=150, d=6, n=4)
+    eager, truth = run(inputs, backend="reference"), run(cast(inputs, torch.float64), backend="reference")
+    got = run_split(inputs, (40, 104), backend=backend)
+    for name in truth:
+        assert_as_accurate_as_eager(name, got[name], eager[name], truth[name], slack=8.0)  # sums in another order
+    detached = run_split(inputs, (40, 104), backend=backend, detach=True)
+    assert (detached["dA"] - truth["dA"]).abs().max() > 1e-2 * truth["dA"].abs().max()
+
+
+@backends
+def test_a08_repeated_calls_give_the_same_bits(backend):
+    inputs = make(b=9, l=65, d=70, g=2)
+    first = run(inputs, backend=backend)
+    for _ in range(3):
+        assert_bitwise(run(inputs, backend=backend), first)
+
+
+@compiled
+@pytest.mark.parametrize("constant", ["", "BC"])
+def test_a09_seventy_thousand_channels(constant, backend):
+    check_accuracy(make(b=1, l=2, d=70_000, n=2, constant=constant), backend)
+
+
+@backends
+def test_a10_no_gradient_is_zero(backend):
+    for name, gradient in run(make(), backend=backend).items():
+        assert gradient.abs().max() > 0, name
+
+
+MIXES = {
+    "x-bf16": {"x": torch.bfloat16},
+    "dt-fp32": {"x": torch.bfloat16, "B": torch.bfloat16, "C": torch.bfloat16, "z": torch.bfloat16},
+    "z-fp16": {"z": torch.float16},
+    "bf16-and-fp16": {"x": torch.bfloat16, "dt": torch.float16, "B": torch.float16, "C": torch.float16},
+    "all-bf16-parameters-too": dict.fromkeys(("x", "dt", "A", "B", "C", "D", "z", "dt_bias"), torch.bfloat16),
+    "state-bf16": {"initial_state": torch.bfloat16},
+    "x-fp64": {"x": torch.float64},
+    "constant-B-fp32": {"x": torch.bfloat16, "dt": torch.bfloat16, "C": torch.bfloat16, "z": torch.bfloat16},
+}
+
+
+@backends
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("mix", MIXES)
+def test_a12_dtype_mixes(mix, autocast, backend):
+    """Mixed activations run in their common dtype, y has the dtype of x, each gradient that of its input."""
+    inputs = make(constant="B" if mix.startswith("constant") else "")
+    inputs |= {k: inputs[k].to(dtype) for k, dtype in MIXES[mix].items()}
+    if mix == "x-fp64":
+        backend = "reference"
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        got = run(inputs, backend=backend)
+    assert got["y"].dtype == inputs["x"].dtype
+    for name, tensor in tensors(inputs).items():
+        assert got["d" + name].dtype == tensor.dtype, name
+    common = torch.promote_types(inputs["x"].dtype, inputs["dt"].dtype)
+    for name in ("B", "C", "z"):
+        common = torch.promote_types(common, inputs[name].dtype)
+    promoted = inputs | {k: inputs[k].to(common) for k in ("x", "dt", "B", "C", "z")}
+    y, final_state = scan(promoted, backend=backend)
+    assert torch.equal(got["y"], y.to(got["y"].dtype))
+    assert torch.equal(got["final_state"], final_state)
+
+
+@compiled
+def test_a13_four_thousand_channels(backend):
+    """A realistic width: sums over 4,096 channels in dB and dC, relative error of every gradient by the rule."""
+    check_accuracy(make(b=1, l=5, d=4096, n=16), backend)
+
+
+def test_a14_the_accuracy_rule_sees_three_percent():
+    inputs = make(dtype=torch.bfloat16)
+    eager = run(inputs, backend="reference")
+    grads = weights((eager["y"], eager["final_state"]))
+    truth = run(cast(inputs, torch.float64), grads, backend="reference")
+    for name in truth:
+        assert_as_accurate_as_eager(name, eager[name], eager[name], truth[name])
+        with pytest.raises(AssertionError, match=name):
+            assert_as_accurate_as_eager(name, 1.03 * eager[name], eager[name], truth[name])
+
+
+def test_a15_complex_is_refused():
+    inputs = make()
+    for name in ("x", "B", "A"):
+        with pytest.raises(ValueError, match=f"{name} must be float32"):
+            scan(inputs | {name: inputs[name].to(torch.complex64)})
+
+
+@backends
+def test_a16_training_and_inference_agree(backend):
+    """Saving states for the backward changes no bit of the outputs."""
+    inputs = make(l=130)
+    trained = run(inputs, backend=backend)
+    with torch.no_grad():
+        y, final_state = scan(inputs, backend=backend)
+    assert_bitwise({"y": y, "final_state": final_state}, trained, ("y", "final_state"))
+
+
+# ---- equalities between calls ------------------------------------------------------------------------------------
+
+
+def run_split(inputs: dict, cuts, backend: str, detach=False) -> dict:
+    """`run` on pieces of the sequence, the state carried on; gradients through the whole chain."""
+    leaves = {k: v.detach().requires_grad_() for k, v in tensors(inputs).items()}
+    args = inputs | leaves
+    bounds = (0, *cuts, inputs["x"].shape[1])
+    pieces = list(pairwise(bounds))
+    if inputs.get("reverse"):
+        pieces.reverse()
+    state, outputs = args["initial_state"], {}
+    for start, stop in pieces:
+        part = {k: args[k][:, start:stop] for k in ("x", "dt", "B", "C", "z")}
+        y, state = scan(args | part | {"initial_state": state}, backend=backend)
+        outputs[start] = y
+        if detach:
+            state = state.detach().requires_grad_()
+    y = torch.cat([outputs[start] for start in sorted(outputs)], 1)
+    if detach:
+        (found,) = (torch.autograd.grad(y, list(leaves.values()), weights((y, state))[0]),)
+    else:
+        found = torch.autograd.grad((y, state), list(leaves.values()), weights((y, state)))
+    return {"y": y.detach(), "final_state": state.detach()} | {"d" + k: v for k, v in zip(leaves, found, strict=True)}
+
+
+@backends
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("cuts", [(1,), (37,), (64,), (69,), (20, 40, 41)], ids=str)
+def test_split_anywhere(cuts, reverse, backend):
+    """Pieces with the state carried equal the whole, outputs and gradients; the state must matter for that to count."""
+    inputs = make(l=70, d=6, reverse=reverse)
+    eager, truth = run(inputs, backend="reference"), run(cast(inputs, torch.float64), backend="reference")
+    tolerance = 4 * (eager["y"] - truth["y"]).abs().max()
+    without, _ = scan(inputs | {"initial_state": None}, backend=backend)
+    assert (without - truth["y"])[:, -1 if not reverse else 0].abs().max() > 100 * tolerance
+    got = run_split(inputs, cuts, backend)
+    for name in truth:
+        assert_as_accurate_as_eager(name, got[name], eager[name], truth[name], slack=8.0)  # sums in another order
+
+
+@backends
+@pytest.mark.parametrize("plan", ["auto", "invariant"])
+def test_split_at_a_chunk_is_the_whole_to_the_bit(plan, backend):
+    inputs = make(l=150, d=37, plan=plan)
+    whole = run(inputs, backend=backend)
+    assert_bitwise(run_split(inputs, (64, 128), backend), whole, OUTPUTS_OF_A_ROW)
+
+
+@compiled
+def test_a_row_alone_has_the_same_bits(backend):
+    inputs = make(b=11, l=66, d=37, g=None, plan="invariant")
+    grads = weights((inputs["x"], inputs["initial_state"]))
+    batch = run(inputs, grads, backend=backend)
+    for i in (0, 4, 10):
+        row = slice(i, i + 1)
+        alone = {k: inputs[k][row] for k in ("x", "dt", "B", "C", "z", "initial_state")}
+        got = run(inputs | alone, [w[row] for w in grads], backend=backend)
+        assert_bitwise(got, {k: batch[k][row] for k in OUTPUTS_OF_A_ROW})
+
+
+@compiled
+def test_any_thread_count_gives_the_same_bits(backend):
+    inputs = make(b=9, l=66, d=150, n=5, constant="C")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = run(inputs, backend=backend)
+        for count in (2, 3):
+            torch.set_num_threads(count)
+            assert_bitwise(run(inputs, backend=backend), one)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_deterministic_algorithms_imply_the_invariant_plan():
+    assert effective_plan("auto") == "auto"
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert effective_plan("auto") == "invariant"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_packed_equals_a_loop_over_sequences(reverse):
+    lengths = [3, 0, 1, 66, 5]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    inputs = make(b=1, l=75, seqs=5, dtype=torch.float64, reverse=reverse)
+    packed = run(inputs | {"cu_seqlens": bounds, "max_seqlen": 66}, backend="reference")
+    grads = weights((inputs["x"], inputs["initial_state"]))
+    looped = {k: torch.zeros_like(v) for k, v in packed.items()}
+    for s, (start, stop) in enumerate(pairwise(bounds)):
+        part = {k: inputs[k][:, start:stop] for k in ("x", "dt", "B", "C", "z")}
+        part["initial_state"] = inputs["initial_state"][s : s + 1]
+        got = run(inputs | part, [grads[0][:, start:stop], grads[1][s : s + 1]], backend="reference")
+        for name in ("y", "dx", "ddt", "dB", "dC", "dz"):
+            looped[name][:, start:stop] = got[name]
+        for name in ("final_state", "dinitial_state"):
+            looped[name][s : s + 1] = got[name]
+        for name in ("dA", "dD", "ddt_bias"):
+            looped[name] += got[name]
+    assert_close(packed, looped)
+
+
+@compiled
+def test_packed_has_the_bits_of_a_loop(backend):
+    lengths = [3, 0, 1, 66, 5]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    inputs = make(b=1, l=75, seqs=5, d=37)
+    y, final_state = scan(inputs | {"cu_seqlens": bounds, "max_seqlen": 66}, backend=backend)
+    for s, (start, stop) in enumerate(pairwise(bounds)):
+        part = {k: inputs[k][:, start:stop] for k in ("x", "dt", "B", "C", "z")}
+        part["initial_state"] = inputs["initial_state"][s : s + 1]
+        y_part, state_part = scan(inputs | part, backend=backend)
+        assert torch.equal(y[:, start:stop], y_part)
+        assert torch.equal(final_state[s : s + 1], state_part)
+
+
+PADDING = {"left": (3, 7), "right": (0, 5), "both": (2, 6), "none": (0, 7), "all": (4, 4)}
+
+
+@backends
+@pytest.mark.parametrize("b", [1, 3])
+@pytest.mark.parametrize("side", PADDING)
+def test_mask_equals_the_tokens_cut_out(side, b, backend):
+    """Padding holds NaN in x, dt and B; everything else is as if the tokens were not there."""
+    start, stop = PADDING[side]
+    inputs = make(b=b, l=7)
+    real = torch.zeros(b, 7, dtype=torch.bool)
+    real[:, start:stop] = True
+    padded = {k: inputs[k].masked_fill(~real[..., None], float("nan")) for k in ("x", "dt", "B")}
+    grads = weights((inputs["x"], inputs["initial_state"]))
+    grads[0][~real] = 0
+    got = run(inputs | padded | {"mask": real}, grads, backend=backend)
+    cut = {k: inputs[k][:, start:stop] for k in ("x", "dt", "B", "C", "z")}
+    want = run(inputs | cut, [grads[0][:, start:stop], grads[1]], backend=backend)
+    for name in ("dx", "ddt", "dB"):
+        assert not got[name][~real].any()
+    for name in ("y", "dx", "ddt", "dB", "dC", "dz"):
+        got[name] = got[name][:, start:stop]
+    assert_close(got, want, tolerance=1e-5)
+
+
+@backends
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_mask_in_the_middle(reverse, backend):
+    """A masked token in the middle: others as without it, y there <C, h> gated, and its gradient reaches h and C."""
+    inputs = make(l=7, reverse=reverse)
+    keep = torch.tensor([0, 1, 3, 4, 6])
+    mask = torch.zeros(2, 7, dtype=torch.bool).index_fill_(1, keep, True)
+    poison = {k: inputs[k].masked_fill(~mask[..., None], float("inf")) for k in ("x", "dt", "B")}
+    got = run(inputs | poison | {"mask": mask}, backend=backend)
+    neutral = {k: inputs[k].masked_fill(~mask[..., None], 0) for k in ("x", "B")}
+    neutral["dt"] = inputs["dt"].masked_fill(~mask[..., None], -1e4)  # softplus: exactly 0
+    want = run(inputs | neutral, backend=backend)
+    for name in ("dx", "ddt", "dB"):
+        want[name] = want[name] * mask[..., None]
+    assert_close(got, want, tolerance=1e-5)
+    y, _ = scan({k: (v[:, keep] if k in ("x", "dt", "B", "C", "z") else v) for k, v in inputs.items()}, backend=backend)
+    torch.testing.assert_close(got["y"][:, keep], y)
+
+
+@backends
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("frames", [1, 2, 3, 6])
+def test_time_order_is_a_permutation(frames, reverse, backend):
+    """Frame-major memory, time-fastest walk, the permutation written out."""
+    inputs = make(l=6, reverse=reverse, dtype=exact(backend))
+    order = [frame * (6 // frames) + token for token in range(6 // frames) for frame in range(frames)]
+    assert order == token_order(0, 6, frames, reverse=False)
+    permuted = {k: inputs[k][:, order] for k in ("x", "dt", "B", "C", "z")}
+    grads = weights((inputs["x"], inputs["initial_state"]))
+    want = run(inputs | permuted, [grads[0][:, order], grads[1]], backend=backend)
+    got = run(inputs | {"order": "time", "frames": frames}, grads, backend=backend)
+    for name in ("y", "dx", "ddt", "dB", "dC", "dz"):
+        got[name] = got[name][:, order]
+    assert_same(got, want, backend)
+
+
+@backends
+def test_reverse_is_a_flip(backend):
+    inputs = make(l=67, dtype=exact(backend))
+    flipped = {k: inputs[k].flip(1) for k in ("x", "dt", "B", "C", "z")}
+    grads = weights((inputs["x"], inputs["initial_state"]))
+    want = run(inputs | flipped, [grads[0].flip(1), grads[1]], backend=backend)
+    got = run(inputs | {"reverse": True}, grads, backend=backend)
+    for name in ("y", "dx", "ddt", "dB", "dC", "dz"):
+        got[name] = got[name].flip(1)
+    assert_same(got, want, backend)
+
+
+# ---- layouts -----------------------------------------------------------------------------------------------------
+
+
+def expanded(t):
+    return t[:1].expand_as(t)
+
+
+def sliced(t):
+    return torch.cat([t, t], -1)[..., : t.shape[-1]]
+
+
+def transposed(t):
+    return t.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def stepped(t):
+    return t.repeat_interleave(2, -1)[..., ::2]
+
+
+LAYOUTS = (torch.Tensor.contiguous, expanded, sliced, transposed, stepped)
+
+
+@backends
+@given(data=st.data())
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+def test_strides_change_no_bit(backend, data):
+    """Any shape and any strides, inputs and gradients: the result is that of contiguous copies."""
+    shape = {k: data.draw(st.integers(1, high), label=k) for k, high in (("b", 3), ("l", 6), ("d", 9), ("n", 5))}
+    dtype = exact(backend) if backend == "reference" else data.draw(st.sampled_from(DTYPES))
+    inputs = make(**shape, dtype=dtype, reverse=data.draw(st.booleans()))
+    laid = {k: data.draw(st.sampled_from(LAYOUTS), label=k)(v) for k, v in tensors(inputs).items()}
+    grads = weights((laid["x"], laid["initial_state"]))
+    laid_grads = [data.draw(st.sampled_from(LAYOUTS))(w) for w in grads]
+    got = run(inputs | laid, laid_grads, backend=backend)
+    plain = {k: v.contiguous() for k, v in laid.items()}
+    assert_same(got, run(inputs | plain, [w.contiguous() for w in laid_grads], backend=backend), backend)
+
+
+@backends
+def test_gradient_of_a_sum_has_stride_zero(backend):
+    inputs = make()
+    leaf = inputs["x"].requires_grad_()
+    (got,) = torch.autograd.grad(scan(inputs, backend=backend)[0].sum(), leaf)
+    y = scan(inputs, backend=backend)[0]
+    (want,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+    assert torch.equal(got, want)
+
+
+# ---- numbers at the edge -----------------------------------------------------------------------------------------
+
+
+@backends
+def test_softplus_sweep(backend):
+    """One token a sequence with B = C = x = 1: y is softplus itself and its gradient the sigmoid, to a few ulp."""
+    raw = torch.linspace(-30, 30, 601).view(-1, 1, 1).requires_grad_()
+    one = torch.ones(601, 1, 1)
+    y, _ = selective_scan(one, raw, torch.zeros(1, 1), one, one, backend=backend)
+    (slope,) = torch.autograd.grad(y.sum(), raw)
+    exact = raw.detach().double()
+    eps = torch.finfo(torch.float32).eps
+    want, want_slope = F.softplus(exact, threshold=100), torch.sigmoid(exact)
+    assert ((y - want) / want).abs().max() < 8 * eps
+    assert ((slope - want_slope) / want_slope).abs().max() < 8 * eps
+
+
+@backends
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_extreme_inputs_stay_finite(dtype, backend):
+    """dt from -30 to 50 before softplus, fp16 x as large as its sums over n allow."""
+    inputs = make(b=1, l=81, d=3, n=4, dtype=dtype, absent=("D", "dt_bias", "z"))
+    inputs["dt"] = torch.linspace(-30, 50, 81).view(1, 81, 1).expand(1, 81, 3).to(dtype)
+    inputs["x"] = (6e4 * torch.sign(inputs["x"])).to(dtype)
+    inputs["B"], inputs["C"] = inputs["B"].clamp(-1, 1) / 50, inputs["C"].clamp(-1, 1) / 50
+    inputs["out_dtype"] = torch.float32
+    grads = [1e-3 * w for w in weights(scan(inputs, backend=backend))]  # dB grows with dt * x, which is 3e6 here
+    for name, value in run(inputs, grads, backend=backend).items():
+        assert value.isfinite().all(), name
+
+
+@backends
+def test_empty_final_state_is_a_copy(backend):
+    inputs = make(l=0)
+    _, final_state = scan(inputs, backend=backend)
+    assert torch.equal(final_state, inputs["initial_state"])
+    assert final_state.data_ptr() != inputs["initial_state"].data_ptr()
+    _, zeros = scan(inputs | {"initial_state": None}, backend=backend)
+    assert not zeros.any()
+
+
+# ---- the saved states --------------------------------------------------------------------------------------------
+
+
+def test_chunk_layout():
+    A = torch.empty(12, 4)
+    assert chunk_states_shape(torch.empty(2, 129, 12), A, None) == (2, 3, 12, 4)
+    bounds = [0, 0, 1, 65, 65, 193, 200]
+    assert chunk_states_shape(torch.empty(1, 200, 12), A, torch.tensor(bounds)) == (1, 200 // 64 + 6, 12, 4)
+    slots = [
+        chunk_slot(start, s) + c
+        for s, (start, stop) in enumerate(pairwise(bounds))
+        for c in range(-(-(stop - start) // CHUNK))
+    ]
+    assert len(set(slots)) == len(slots)
+    assert max(slots) < 200 // 64 + 6
+
+
+def private(inputs: dict, **flags) -> tuple:
+    """Arguments of the private op in its order."""
+    names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state", "cu_seqlens", "mask")
+    args = [inputs.get(name) for name in names]
+    args[3:5] = (t.unsqueeze(2) if t.ndim == 3 else t for t in args[3:5])
+    defaults = {
+        "dt_softplus": True, "reverse": False, "frames": 0, "max_seqlen": 0, "return_final_state": True,
+        "save_states": True, "out_fp32": False, "plan": "auto", "backend": "reference",
+    }  # fmt: skip
+    return *args, *(defaults | {k: v for k, v in (inputs | flags).items() if k in defaults}).values()
+
+
+@compiled
+@pytest.mark.parametrize("row", ["l0", "l64", "l129", "time-chunks", "packed", "reverse-packed"])
+def test_back_ends_save_the_same_states(row, backend):
+    """So that a backward may run on another back end than its forward."""
+    inputs = one_way(row)
+    inputs.pop("order", None)
+    want, got = (selective_scan_op(*private(inputs, backend=name))[2] for name in ("reference", backend))
+    assert got.shape == want.shape
+    if "cu_seqlens" in inputs:
+        bounds = inputs["cu_seqlens"].tolist()
+        slots = [
+            chunk_slot(start, s) + c
+            for s, (start, stop) in enumerate(pairwise(bounds))
+            for c in range(-(-(stop - start) // CHUNK))
+        ]
+        got, want = got[:, slots], want[:, slots]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_no_double_backward():
+    inputs = make()
+    leaf = inputs["x"].requires_grad_()
+    y, _ = scan(inputs)
+    (gradient,) = torch.autograd.grad(y.sum(), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no double backward"):
+        gradient.sum().backward()
+
+
+def test_backward_without_saved_states_says_so():
+    inputs = make(absent=("z",))
+    inputs["x"].requires_grad_()
+    y, _, _ = selective_scan_op(*private(inputs, save_states=False))
+    with pytest.raises(RuntimeError, match="save_states"):
+        y.sum().backward()
+
+
+# ---- the op as PyTorch sees it -----------------------------------------------------------------------------------
+
+# Every optional argument absent and present, every flag both ways.  Packed: lengths that leave no slot unowned.
+FORMS = {
+    "all": {},
+    "bare": {"absent": ("D", "z", "dt_bias", "initial_state")},
+    "D": {"absent": ("z", "dt_bias", "initial_state")},
+    "z": {"absent": ("D", "dt_bias", "initial_state")},
+    "dt-bias": {"absent": ("D", "z", "initial_state")},
+    "initial-state": {"absent": ("D", "z", "dt_bias")},
+    "no-final-state": {"return_final_state": False},
+    "reverse": {"reverse": True},
+    "time": {"frames": 3},
+    "no-softplus": {"dt_softplus": False},
+    "constant-B": {"constant": "B"},
+    "constant-C": {"constant": "C"},
+    "groups": {"g": 3},
+    "mask": {"mask": torch.tensor([[True, False, True] * 3] * 2)},
+    "packed": {"b": 1, "seqs": 2, "cu_seqlens": torch.tensor([0, 4, 9]), "max_seqlen": 5},
+    "bf16": {"dtype": torch.bfloat16},
+    "bf16-out-fp32": {"dtype": torch.bfloat16, "out_fp32": True},
+    "invariant": {"plan": "invariant"},
+    "empty": {"l": 0},
+}
+
+
+@backends
+@pytest.mark.parametrize("form", FORMS)
+def test_opcheck(form, backend):
+    inputs = make(**FORMS[form])
+    if form == "no-softplus":
+        inputs["dt"], inputs["dt_bias"] = inputs["dt"].exp() / 10, inputs["dt_bias"].exp()
+    inputs |= {k: v.requires_grad_() for k, v in tensors(inputs).items()}
+    torch.library.opcheck(selective_scan_op, private(inputs, backend=backend))
+
+
+@backends
+def test_opcheck_inference_and_backward(backend):
+    inputs = make()
+    torch.library.opcheck(selective_scan_op, private(inputs, save_states=False, backend=backend))
+    args = private(inputs, backend=backend)
+    y, final_state, chunk_states = selective_scan_op(*args)
+    flags = args[11:15] + args[18:]
+    for dy, dfinal in ((y, final_state), (y, None), (None, final_state), (None, None)):
+        torch.library.opcheck(selective_scan_backward_op, (dy, dfinal, *args[:11], chunk_states, *flags))
+
+
+@backends
+def test_compiles_whole_with_few_graphs(backend):
+    """Lengths 20, 30, 40, 50: one static graph and one dynamic one, forward and backward, same bits."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    step = torch.compile(scan, fullgraph=True, backend=counter)
+    for l in (20, 30, 40, 50):
+        inputs = make(l=l)
+        want = run(inputs, backend=backend)
+        leaves = {k: v.requires_grad_() for k, v in tensors(inputs).items()}
+        y, final_state = step(inputs | leaves, backend=backend)
+        found = torch.autograd.grad((y, final_state), list(leaves.values()), weights((y, final_state)))
+        got = {"y": y, "final_state": final_state} | {"d" + k: v for k, v in zip(leaves, found, strict=True)}
+        assert_bitwise(got, want)
+    assert counter.frame_count <= 2
+    torch._dynamo.reset()
+
+
+def test_flops_by_hand():
+    inputs = make(b=2, l=3, d=4, n=5)
+    leaf = inputs["x"].requires_grad_()
+    with FlopCounterMode(display=False) as forward:
+        y, _ = scan(inputs)
+    # 24 token channels: 9 each of 5 states, D, z
+    assert forward.get_total_flops() == 24 * (9 * 5 + 1 + 1) == 1128
+    with FlopCounterMode(display=False) as backward:
+        torch.autograd.grad(y.sum(), leaf)
+    # 22 each of 5 states, 4 for dx and ddt, 4 for D, 7 for z
+    assert backward.get_total_flops() == 24 * (22 * 5 + 4 + 4 + 7) == 3000
+
+
+# ---- messages ----------------------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "x-ndim": ({"x": torch.zeros(9, 12)}, r"x must be \(b, l, d\), got shape \(9, 12\)"),
+    "dt-shape": ({"dt": torch.zeros(2, 8, 12)}, r"dt must have shape of x, \(2, 9, 12\), got \(2, 8, 12\)"),
+    "z-shape": ({"z": torch.zeros(2, 9, 11)}, r"z must have shape like x, \(2, 9, 12\), got \(2, 9, 11\)"),
+    "A-shape": ({"A": torch.zeros(11, 4)}, r"A must have shape \(d, n\) = \(12, n >= 1\), got \(11, 4\)"),
+    "A-no-state": ({"A": torch.zeros(12, 0)}, r"n >= 1"),
+    "B-shape": ({"B": torch.zeros(2, 9, 5)}, r"B must have shape \(b, l, n\) = \(2, 9, 4\).*got \(2, 9, 5\)"),
+    "C-groups": ({"C": torch.zeros(2, 9, 5, 4)}, r"g dividing d = 12.*got \(2, 9, 5, 4\)"),
+    "groups-differ": ({"B": torch.zeros(2, 9, 2, 4)}, r"B and C must share their groups g, got 2 and 1"),
+    "D-shape": ({"D": torch.zeros(11)}, r"D must have shape \(d,\) = \(12,\), got \(11,\)"),
+    "dt-bias-shape": ({"dt_bias": torch.zeros(12, 1)}, r"dt_bias must have shape"),
+    "state-shape": ({"initial_state": torch.zeros(1, 12, 4)}, r"initial_state must have shape.*\(2, 12, 4\)"),
+    "mask-dtype": ({"mask": torch.ones(2, 9)}, r"mask must be bool of shape \(b, l\) = \(2, 9\)"),
+    "mask-shape": ({"mask": torch.ones(9, 2, dtype=torch.bool)}, r"mask must be bool.*got torch.bool \(9, 2\)"),
+    "int-x": ({"x": torch.zeros(2, 9, 12, dtype=torch.int64)}, r"x must be float32.*got torch.int64"),
+    "int-D": ({"D": torch.zeros(12, dtype=torch.int64)}, r"D must be float32.*got torch.int64"),
+    "out-dtype": ({"out_dtype": torch.float16}, r"out_dtype must be None \(the dtype of x\) or torch.float32"),
+    "plan": ({"plan": "fast"}, r"plan must be 'auto' or 'invariant', got 'fast'"),
+    "backend": ({"backend": "gpu"}, r"backend must be 'auto' or one of triton, cuda, cpu, reference, got 'gpu'"),
+    "order": ({"order": "space"}, r"order must be 'frame' or 'time'"),
+    "frames-alone": ({"frames": 3}, r"frames=3 has a meaning only with order='time'"),
+    "frames-uneven": ({"order": "time", "frames": 4}, r"9 tokens do not divide into frames=4"),
+    "max-seqlen-alone": ({"max_seqlen": 9}, r"max_seqlen=9 has a meaning only with cu_seqlens"),
+    "packed-batch": ({"cu_seqlens": torch.tensor([0, 9]), "max_seqlen": 9}, r"one row, b = 1, got b = 2"),
+    "device": ({"D": torch.zeros(12, device="meta")}, r"D must be on cpu like the first argument, got meta"),
+    "device-dt": ({"dt": torch.zeros(2, 9, 12, device="meta")}, r"dt must be on cpu"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_named(mistake):
+    change, message = MISTAKES[mistake]
+    with pytest.raises(ValueError, match="^selective_scan: .*" + message):
+        scan(make() | change)
+
+
+def test_time_order_of_packed_sequences_is_not_there():
+    inputs = make(b=1, seqs=2)
+    with pytest.raises(NotImplementedError, match="order='time' with cu_seqlens"):
+        scan(inputs | {"cu_seqlens": torch.tensor([0, 4, 9]), "max_seqlen": 5, "order": "time", "frames": 3})
+
+
+def test_a_named_back_end_runs_or_raises():
+    inputs = make(dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match="backend 'cpu' cannot run this call"):
+        scan(inputs, backend="cpu")
+    with pytest.raises(NotImplementedError, match="no triton kernel"):
+        scan(inputs, backend="triton")
+
+
+@pytest.mark.skipif(not NO_CPU, reason="the CPU kernels are built")
+def test_fallback_is_logged_once(caplog):
+    for _ in range(2):
+        scan(make())
+    assert sum("slow PyTorch reference" in r.message for r in caplog.records) <= 1
