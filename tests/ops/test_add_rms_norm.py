@@ -89,7 +89,9 @@ def assert_accurate(case: Case) -> None:
     got, eager = run(case, tensors, "cpu"), run(case, tensors, "reference")
     truth = run(case, {k: None if t is None else t.double() for k, t in tensors.items()}, "reference")
     for name in got:
-        assert_as_accurate_as_eager(f"{case} {name}", got[name], eager[name], truth[name])
+        # A handful of numbers, each the rest of a sum that nearly cancels: eager's worst error is a matter of luck.
+        slack = 10.0 if name == "drow_scale" else 2.0
+        assert_as_accurate_as_eager(f"{case} {name}", got[name], eager[name], truth[name], slack)
 
 
 def assert_same_bits(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -208,9 +210,7 @@ def test_every_option_on_every_instruction_set(level):
                     for c in (2, 5, 16, 67, 384):
                         for residual in (False, True):
                             for row_scale in (False, True):
-                                assert_accurate(
-                                    Case((3, 11, c), dtype, layer, True, residual, row_scale, layout)
-                                )
+                                assert_accurate(Case((3, 11, c), dtype, layer, True, residual, row_scale, layout))
     finally:
         C.set_level(best)
 
@@ -409,7 +409,11 @@ def test_flops():
         ({"x": torch.zeros(48)}, ValueError, r"x must be \(b, ..., c\), got shape \(48,\)"),
         ({"x": torch.zeros(2, 5, 48, dtype=torch.int32)}, ValueError, "x must be float32"),
         ({"weight": torch.ones(47)}, ValueError, r"weight must have shape \(c,\) = \(48,\), got \(47,\)"),
-        ({"residual": torch.ones(2, 1, 48)}, ValueError, r"residual must have shape of x, \(2, 5, 48\), got \(2, 1, 48\)"),
+        (
+            {"residual": torch.ones(2, 1, 48)},
+            ValueError,
+            r"residual must have shape of x, \(2, 5, 48\), got \(2, 1, 48\)",
+        ),
         ({"row_scale": torch.ones(5)}, ValueError, r"row_scale must have shape \(b,\) = \(2,\), got \(5,\)"),
         ({"eps": -1.0}, ValueError, "eps must not be negative"),
         ({"plan": "fast"}, ValueError, "plan must be"),

@@ -36,7 +36,7 @@ class Case:
     """b sequences of l tokens, d channels, w taps.  lengths: packed instead.  layout: how x, dy lie in memory."""
 
     b: int = 2
-    l: int = 9  # noqa: E741
+    l: int = 9
     d: int = 24
     w: int = 4
     dtype: str = "fp32"
@@ -208,7 +208,9 @@ def test_gradcheck(case):
 
 
 @pytest.mark.parametrize(
-    "case", [Case(l=5, d=3), Case(l=6, d=2, frames=2), Case(d=2, lengths=(1, 0, 5)), Case(l=3, d=2, bias=False)], ids=str
+    "case",
+    [Case(l=5, d=3), Case(l=6, d=2, frames=2), Case(d=2, lengths=(1, 0, 5)), Case(l=3, d=2, bias=False)],
+    ids=str,
 )
 def test_gradcheck_both(case):
     t = {k: None if v is None else v.double().requires_grad_() for k, v in make(case, both=True).items()}
@@ -382,7 +384,9 @@ def test_split_with_carried_state_is_the_whole(split, w, dtype):
     t = make(Case(l=7, w=w, dtype=dtype))
     if w > 1:  # the state must matter
         y, _ = causal_conv1d(t["x"], t["weight"], t["bias"])
-        assert (y[:, 0] - causal_conv1d(t["x"], t["weight"], t["bias"], initial_state=t["initial_state"])[0][:, 0]).any()
+        assert (
+            y[:, 0] - causal_conv1d(t["x"], t["weight"], t["bias"], initial_state=t["initial_state"])[0][:, 0]
+        ).any()
     for reverse in (False, True):
         options = {"activation": "silu", "return_final_state": True, "reverse": reverse}
         whole, final = causal_conv1d(t["x"], t["weight"], t["bias"], initial_state=t["initial_state"], **options)
@@ -612,7 +616,9 @@ def test_parameters_of_lower_precision_and_autocast():
         y, final = causal_conv1d(
             t["x"], weight, bias, initial_state=t["initial_state"].bfloat16(), return_final_state=True
         )
-    expected, _ = causal_conv1d(t["x"], weight.float(), bias.float(), initial_state=t["initial_state"].bfloat16().float())
+    expected, _ = causal_conv1d(
+        t["x"], weight.float(), bias.float(), initial_state=t["initial_state"].bfloat16().float()
+    )
     assert y.dtype == torch.bfloat16 and final.dtype == torch.float32 and equal_bits(y, expected)
     y.sum().backward()
     assert weight.grad.dtype == bias.grad.dtype == torch.bfloat16
@@ -649,11 +655,19 @@ def test_flops():
     [
         ({"x": torch.zeros(2, 24)}, ValueError, r"x must be \(b, l, d\), got shape \(2, 24\)"),
         ({"x": torch.zeros(2, 9, 24, dtype=torch.int64)}, ValueError, "x must be float32"),
-        ({"weight": torch.zeros(23, 4)}, ValueError, r"weight must have shape \(d, w\) with d = 24 and w >= 1, got \(23, 4\)"),
+        (
+            {"weight": torch.zeros(23, 4)},
+            ValueError,
+            r"weight must have shape \(d, w\) with d = 24 and w >= 1, got \(23, 4\)",
+        ),
         ({"weight": torch.zeros(24, 0)}, ValueError, "w >= 1"),
         ({"weight": torch.zeros(24, 1, 4)}, ValueError, r"weight must be \(d, w\)"),
         ({"bias": torch.zeros(4)}, ValueError, r"bias must have shape \(d,\) = \(24,\), got \(4,\)"),
-        ({"initial_state": torch.zeros(2, 4, 24)}, ValueError, r"initial_state must have shape .*\(2, 3, 24\), got \(2, 4, 24\)"),
+        (
+            {"initial_state": torch.zeros(2, 4, 24)},
+            ValueError,
+            r"initial_state must have shape .*\(2, 3, 24\), got \(2, 4, 24\)",
+        ),
         ({"activation": "gelu"}, ValueError, "activation must be None or 'silu', got 'gelu'"),
         ({"plan": "fast"}, ValueError, "plan must be"),
         ({"backend": "fast"}, ValueError, "backend must be"),

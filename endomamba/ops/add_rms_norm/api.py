@@ -23,8 +23,8 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """new residual r = residual + row_scale * x; normed = r / sqrt(mean(r^2) + eps) * weight.
 
-    x: (b, ..., c) in any strides, residual alike (None: zero), weight: (c,), row_scale: (b,), one factor for a row of the
-    batch (DropPath; None: one).  Returns normed in x's dtype and the new residual in fp32, from which the norm is made.
+    x: (b, ..., c) in any strides, residual alike (None: zero), weight: (c,), row_scale: (b,), one factor for a row of
+    the batch (DropPath; None: one).  Returns normed in x's dtype and the new residual, from which it is made, in fp32.
     """
     return _add_norm("add_rms_norm", x, weight, None, residual, row_scale, eps, False, plan, backend)
 

@@ -1,4 +1,4 @@
-"""The fused add and norm in plain PyTorch: what the kernels are compared with, in fp64, and the last resort without them.
+"""The fused add and norm in plain PyTorch: the kernels' truth, in fp64, and the last resort without them.
 
 Backward is written by hand, as a custom op runs below autograd: README.md has the equations.
 """

@@ -38,8 +38,8 @@ def causal_conv1d(
 ) -> tuple[Tensor, Tensor | None]:
     """Each token of a channel becomes bias + the weighted sum of itself and the w - 1 tokens walked before it.
 
-    x: (b, l, d) in any strides, weight: (d, w) with the newest token's tap last, bias: (d,).  activation: None or "silu".
-    initial_state: (b, w - 1, d), the tokens before the first one, newest last (None: zeros).  With `reverse` the walk
+    x: (b, l, d) in any strides, weight: (d, w) with the newest token's tap last, bias: (d,), activation: None or
+    "silu".  initial_state: (b, w - 1, d), the tokens before the first one, newest last (None: zeros).  With `reverse` the walk
     starts at the last token.  order="time" with `frames`: tokens lie frame by frame and are walked time-fastest.
     cu_seqlens: (num_seqs + 1,) packs sequences into one row, b = 1; states are then (num_seqs, w - 1, d).
 
@@ -57,7 +57,18 @@ def causal_conv1d(
         check_shape(name, "initial_state", initial_state, (sequences, width - 1, x.shape[2]), "(b, w - 1, d) = ")
     weight, bias, initial_state = full_precision(weight, bias, initial_state, dtype=x.dtype)
     y, final_state = causal_conv1d_op(
-        x, weight, bias, initial_state, cu_seqlens, silu, reverse, walk, max_seqlen or 0, return_final_state, plan, backend
+        x,
+        weight,
+        bias,
+        initial_state,
+        cu_seqlens,
+        silu,
+        reverse,
+        walk,
+        max_seqlen or 0,
+        return_final_state,
+        plan,
+        backend,
     )
     return y, final_state if return_final_state else None
 

@@ -133,9 +133,7 @@ def bidirectional_conv1d_op(
     plan: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return choose("bidirectional_conv1d", backend, x).fwd(
-        x, weight, bias, weight_b, bias_b, cu_seqlens, silu, frames
-    )
+    return choose("bidirectional_conv1d", backend, x).fwd(x, weight, bias, weight_b, bias_b, cu_seqlens, silu, frames)
 
 
 @bidirectional_conv1d_op.register_fake

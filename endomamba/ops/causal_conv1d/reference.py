@@ -1,4 +1,4 @@
-"""The convolution in plain PyTorch: what the kernels are compared with, in fp64, and the last resort without them.
+"""The convolution in plain PyTorch: the kernels' truth, in fp64, and the last resort without them.
 
 Backward is written by hand, as a custom op runs below autograd: README.md has the equations.
 """
@@ -6,6 +6,7 @@ Backward is written by hand, as a custom op runs below autograd: README.md has t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def _sequences(x: Tensor, cu_seqlens: Tensor | None, frames: int, reverse: bool)
         yield from ((row, row, walk) for row in range(x.shape[0]))
         return
     ends = cu_seqlens.tolist()
-    for index, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for index, (start, end) in enumerate(pairwise(ends)):
         walk = torch.arange(start, end, device=x.device)
         yield index, 0, walk.flip(0) if reverse else walk
 
