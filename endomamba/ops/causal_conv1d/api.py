@@ -38,9 +38,11 @@ def causal_conv1d(
 ) -> tuple[Tensor, Tensor | None]:
     """Each token of a channel becomes bias + the weighted sum of itself and the w - 1 tokens walked before it.
 
-    x: (b, l, d) in any strides, weight: (d, w) with the newest token's tap last, bias: (d,), activation: None or
-    "silu".  initial_state: (b, w - 1, d), the tokens before the first one, newest last (None: zeros).  With `reverse` the walk
-    starts at the last token.  order="time" with `frames`: tokens lie frame by frame and are walked time-fastest.
+    x: (b, l, d) in any strides, weight: (d, w) with the newest token's tap last, bias: (d,).
+    activation: None or "silu".
+    initial_state: (b, w - 1, d), the tokens before the first one, newest last (None: zeros).
+    reverse: the walk starts at the last token, and so does the initial state.
+    order="time" with `frames`: tokens lie frame by frame and are walked time-fastest.
     cu_seqlens: (num_seqs + 1,) packs sequences into one row, b = 1; states are then (num_seqs, w - 1, d).
 
     Returns y (b, l, d) in x's dtype, and the final state in fp32, or None if it was not asked for.  Everything has a
