@@ -1,8 +1,8 @@
-"""Builds endomamba._C, the CPU kernels: pybind11 and OpenMP, no torch header, and never a reason for an install to fail.
+"""Builds endomamba._C, the CPU kernels: pybind11 and OpenMP, no torch header, never a reason for an install to fail.
 
-csrc/bindings.cpp and csrc/cpu/dispatch.cpp are compiled once; every other csrc/cpu/*.cpp once per instruction-set level.
-Where that cannot be done the package installs without _C, and endomamba/_build_info.json holds the compiler's own words,
-which `endomamba info` shows.  Everything else about the package stands in pyproject.toml.
+csrc/bindings.cpp and csrc/cpu/dispatch.cpp are compiled once, every other csrc/cpu/*.cpp once per instruction-set
+level.  Where that cannot be done the package installs without _C, and endomamba/_build_info.json holds the compiler's
+own words, which `endomamba info` shows.  Everything else about the package stands in pyproject.toml.
 """
 
 from __future__ import annotations
