@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_device, check_float, check_shape, full_precision
+from ._checks import check_device, check_float, check_shape
 
 CHUNK = 64  # tokens between two saved states; the same number as kChunk in csrc/cpu/scan.h
+OPERANDS = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")  # of one direction
 
 
 def chunk_states_shape(x: Tensor, A: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int, int]:
@@ -113,19 +114,25 @@ def operands(
         check_shape(op, f"dt_bias{side}", dt_bias, (d,), "(d,) = ")
     if initial_state is not None and initial_state.shape != (num_seqs, d, n):
         check_shape(op, f"initial_state{side}", initial_state, (num_seqs, d, n), "(sequences, d, n) = ")
-    for name, tensor in (("x", x), ("dt", dt), ("A", A), ("B", B), ("C", C)):
-        if tensor.device != device:
-            check_device(op, device, **{name + side: tensor})
-    if not (x.dtype == dt.dtype == B.dtype == C.dtype == dtype):
+    if x.dtype != dtype or dt.dtype != dtype or B.dtype != dtype or C.dtype != dtype:
         x, dt, B, C = x.to(dtype), dt.to(dtype), B.to(dtype), C.to(dtype)
-    parameters = {"A": A, "D": D, "dt_bias": dt_bias, "initial_state": initial_state}
-    for name, tensor in parameters.items():
-        if tensor is not None:
-            check_float(op, name + side, tensor)
-            if tensor.device != device:
-                check_device(op, device, **{name + side: tensor})
-    A, D, dt_bias, initial_state = full_precision(A, D, dt_bias, initial_state, dtype=dtype)
-    return x, dt, A, B, C, D, dt_bias, initial_state
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    A = _full_precision(op, side, "A", A, wide)
+    D = _full_precision(op, side, "D", D, wide)
+    dt_bias = _full_precision(op, side, "dt_bias", dt_bias, wide)
+    initial_state = _full_precision(op, side, "initial_state", initial_state, wide)
+    checked = (x, dt, A, B, C, D, dt_bias, initial_state)
+    for i, tensor in enumerate(checked):
+        if tensor is not None and tensor.device != device:
+            check_device(op, device, **{OPERANDS[i] + side: tensor})
+    return checked
+
+
+def _full_precision(op: str, side: str, name: str, tensor: Tensor | None, wide: torch.dtype) -> Tensor | None:
+    if tensor is None or tensor.dtype == wide:
+        return tensor
+    check_float(op, name + side, tensor)
+    return tensor.to(wide)
 
 
 def _grouped(op: str, name: str, B: Tensor, shape: torch.Size, n: int) -> Tensor:

@@ -91,7 +91,7 @@ def bidirectional_scan(
         dt_bias_b,
         initial_state,
         initial_state_b,
-        cu_seqlens if cu_seqlens is None else cu_seqlens.to(torch.int64),
+        cu_seqlens,
         mask,
         scale,
         dt_softplus,

@@ -78,7 +78,7 @@ def selective_scan(
         z if z is None or z.dtype == dtype else z.to(dtype),
         dt_bias,
         initial_state,
-        cu_seqlens if cu_seqlens is None else cu_seqlens.to(torch.int64),
+        cu_seqlens,
         mask,
         dt_softplus,
         reverse,
