@@ -167,13 +167,28 @@ def test_as_accurate_as_eager(row, dtype, backend):
 @pytest.mark.slow
 @compiled
 @pytest.mark.parametrize("n", [1, 3, 16, 33])
-@pytest.mark.parametrize("d", [1, 5, 48, 70])
+@pytest.mark.parametrize("d", [5, 16, 48, 70])
 @pytest.mark.parametrize("l", [1, 5, 64, 130])
 @pytest.mark.parametrize("constant", ["", "B", "C", "BC"])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_as_accurate_as_eager_everywhere(n, d, l, constant, reverse, backend):
-    # 500 draws, some of two elements: eager's own luck varies more here than in the rows above.
-    check_accuracy(make(l=l, d=d, n=n, constant=constant, reverse=reverse), backend, slack=4.0)
+    # 500 draws of few channels: the largest error of eager varies more than in the rows above.
+    check_accuracy(make(b=9, l=l, d=d, n=n, constant=constant, reverse=reverse), backend, slack=4.0)
+
+
+@compiled
+@pytest.mark.parametrize("row", ["l129", "n3", "d70", "g2-d70", "constant-BC-d70", "packed", "mask", "reverse-time"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_every_instruction_set(row, dtype, backend):
+    from endomamba import _C
+
+    level = _C.level()
+    try:
+        for name in _C.levels():
+            _C.set_level(name)
+            check_accuracy(one_way(row, dtype=dtype), backend)
+    finally:
+        _C.set_level(level)
 
 
 @pytest.mark.skip(reason="needs 8 GiB of chunk states; to run with the GPU kernels, the CPU ones index with int64")
@@ -592,6 +607,15 @@ def test_softplus_sweep(backend):
     want, want_slope = F.softplus(exact, threshold=100), torch.sigmoid(exact)
     assert ((y - want) / want).abs().max() < 8 * eps
     assert ((slope - want_slope) / want_slope).abs().max() < 8 * eps
+
+
+def test_softplus_is_the_identity_above_twenty():
+    raw = torch.tensor([20.5, 25.0], dtype=torch.float64).view(2, 1, 1).requires_grad_()
+    one = torch.ones(2, 1, 1, dtype=torch.float64)
+    y, _ = selective_scan(one, raw, torch.zeros(1, 1), one, one)
+    (slope,) = torch.autograd.grad(y.sum(), raw)
+    assert torch.equal(y, raw)
+    assert torch.equal(slope, one)
 
 
 @backends
