@@ -2,8 +2,8 @@
 
     python -m bench.bench_selective_scan [--threads 2] [--rounds 60] [--save]
 
-One update is one token of one channel and one state.  Providers run interleaved on the same inputs; accuracy against the
-fp64 reference is checked before time.  --save writes bench/results/cpu_selective_scan.json.
+One update is one token of one channel and one state.  Providers run interleaved on the same inputs; accuracy against
+the fp64 reference is checked before time.  --save writes bench/results/cpu_selective_scan.json.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def check(got, truth, what):
 def measure(providers, rounds):
     """Seconds of each provider: rounds interleaved, at most 20 s in all for a slow one."""
     times = {name: [] for name in providers}
-    for name, run in providers.items():
+    for run in providers.values():
         run()
     for _ in range(rounds):
         for name, run in providers.items():
@@ -67,7 +67,12 @@ def measure(providers, rounds):
             run()
             times[name].append(time.perf_counter() - start)
     return {
-        name: {"min": min(t), "median": statistics.median(t), "p95": sorted(t)[int(0.95 * (len(t) - 1))], "rounds": len(t)}
+        name: {
+            "min": min(t),
+            "median": statistics.median(t),
+            "p95": sorted(t)[int(0.95 * (len(t) - 1))],
+            "rounds": len(t),
+        }
         for name, t in times.items()
     }
 
@@ -132,11 +137,15 @@ def main():
                 {"case": name, "shape": shape, "provider": provider, "threads": threads, **t,
                  "giga_updates_per_s_per_core": rate, "giga_updates_per_s_per_core_best": best}
             )  # fmt: skip
-            print(f"{name:28} {provider:32} {t['median'] * 1e6:10.0f} us   {rate:6.2f} (best {best:.2f}) G updates/s/core")
+            print(
+                f"{name:28} {provider:32} {t['median'] * 1e6:10.0f} us   {rate:6.2f} (best {best:.2f}) G updates/s/core"
+            )
         print(f"{'':28} relative error: " + ", ".join(f"{k} {v:.0e}" for k, v in errors.items()))
     if args.save:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
-        cpu = next((s.split(":")[1].strip() for s in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in s), "")
+        cpu = next(
+            (s.split(":")[1].strip() for s in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in s), ""
+        )
         meta = {
             "command": f"python -m bench.bench_selective_scan --threads {args.threads} --rounds {args.rounds} --save",
             "commit": commit, "endomamba": endomamba.__version__, "torch": torch.__version__, "cpu": cpu,

@@ -9,8 +9,8 @@ def assert_as_accurate_as_eager(name: str, got: Tensor, eager: Tensor, truth: Te
 
     truth: the reference in fp64.  eager: the reference with fp32 state, cast to got's dtype.  Same rounded inputs for
     all three.
-    Four fp32 roundings of the largest element stand beside that: eager's error is the largest of one sample, which for a
-    handful of elements, or for one term and no sum, can be zero by luck.
+    Four fp32 roundings of the largest element stand beside that: eager's error is the largest of one sample, which for
+    a handful of elements, or for one term and no sum, can be zero by luck.
     """
     assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(truth.shape)}"
     assert got.dtype == eager.dtype, f"{name}: {got.dtype}, not {eager.dtype}"

@@ -170,9 +170,12 @@ void fold(float* part, float* total, int64_t floats) {
 
 template <class F>
 void with_dtype(int dtype, const F& f) {
-  if (dtype == kFloat32) f(float{});
-  else if (dtype == kBFloat16) f(bf16{});
-  else f(fp16{});
+  if (dtype == kFloat32)
+    f(float{});
+  else if (dtype == kBFloat16)
+    f(bf16{});
+  else
+    f(fp16{});
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -208,7 +211,8 @@ void norm_bwd(const NormArgs& a) {
       const int64_t end = (task + 1) * group < rows ? (task + 1) * group : rows;
       for (int64_t row = task * group; row < end; ++row) {
         backward_row<decltype(element)>(a, row / a.m, row % a.m, weight.get(), part.get(),
-                                        a.dbias ? part.get() + width : nullptr, a.drow_scale ? row_sums.get() + row : nullptr);
+                                        a.dbias ? part.get() + width : nullptr,
+                                        a.drow_scale ? row_sums.get() + row : nullptr);
         if ((row - task * group + 1) % kSumBlock == 0 || row + 1 == end) fold(part.get(), total, 2 * width);
       }
     });

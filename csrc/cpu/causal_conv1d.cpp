@@ -1,13 +1,13 @@
 // Causal depthwise convolution with optional silu, forward and backward, one direction or both.
 //
-// Task (sequence, 64 channels), backward (8 sequences, 64 channels): walks the tokens with W channels at a time, the last
-// w tokens in registers (w = 4; any other width keeps them in scratch).  Traffic: x read once and y written once for each
-// direction; backward reads x and dy once and writes dx once, pre-activations are recomputed, nothing is saved.
-// Both directions in one walk: at step k the window x[k-w+1..k] holds all that y[k] needs and all that the backward walk's
-// y_b[k-w+1] needs, whose oldest token is x[k].  The walk runs w - 1 steps past the end with zeros coming in.
-// Numerics: fp32, acc = bias, then one multiply-add a tap from the oldest to the newest, whatever the width, the layout
-// and the edge, so that a row's bits depend on nothing but the row and the instruction set.
-// dweight and dbias: sums of 32 tokens, then of those, then of the groups of sequences, always in this order.
+// Task (sequence, 64 channels), backward (8 sequences, 64 channels): walks the tokens with W channels at a time, the
+// last w tokens in registers (w = 4; any other width keeps them in scratch).  Traffic: x read once and y written once
+// for each direction; backward reads x and dy once and writes dx once, pre-activations are recomputed, nothing is
+// saved. Both directions in one walk: at step k the window x[k-w+1..k] holds all that y[k] needs and all that the
+// backward walk's y_b[k-w+1] needs, whose oldest token is x[k].  The walk runs w - 1 steps past the end with zeros
+// coming in. Numerics: fp32, acc = bias, then one multiply-add a tap from the oldest to the newest, whatever the width,
+// the layout and the edge, so that a row's bits depend on nothing but the row and the instruction set. dweight and
+// dbias: sums of 32 tokens, then of those, then of the groups of sequences, always in this order.
 #include "causal_conv1d.h"
 
 #include <memory>
@@ -28,8 +28,8 @@ struct Lanes {
   vf v;
 };
 
-// w vectors.  WIDTH = 4 is the fast path: registers, whole vectors of adjacent channels.  WIDTH = 0 is every other case:
-// scratch, any width, layout and number of lanes.  Both do the same arithmetic in the same order.
+// w vectors.  WIDTH = 4 is the fast path: registers, whole vectors of adjacent channels.  WIDTH = 0 is every other
+// case: scratch, any width, layout and number of lanes.  Both do the same arithmetic in the same order.
 template <int WIDTH>
 struct Taps {
   vf v[WIDTH];
@@ -93,7 +93,8 @@ struct Stream {
   int64_t stride;
   int lanes;
 
-  Stream(const ConvArgs& a, const View& view, int64_t row, int64_t begin, int64_t length, int64_t channel, int lanes_used)
+  Stream(const ConvArgs& a, const View& view, int64_t row, int64_t begin, int64_t length, int64_t channel,
+         int lanes_used)
       : walk(a, begin, length, view.s[1]), base(view.at<T>(row, 0, channel)), stride(view.s[2]), lanes(lanes_used) {}
 
   ENDOMAMBA_INLINE vf next() {
@@ -218,7 +219,8 @@ void backward_lanes(const ConvArgs& a, int64_t first, int64_t last, int64_t chan
     const int64_t length = seq.length;
     for (int64_t j = 0; j < w; ++j) {
       const bool state = j + 1 < w && a.initial_state;
-      window[j] = state ? load_lanes(a.initial_state.at<float>(index, j, channel), a.initial_state.s[2], lanes) : zero();
+      window[j] =
+          state ? load_lanes(a.initial_state.at<float>(index, j, channel), a.initial_state.s[2], lanes) : zero();
       g[j] = g_b[j] = zero();
     }
     Stream<T, FULL> x(a, a.x, seq.row, seq.begin, length, channel, lanes);
@@ -278,9 +280,12 @@ void backward_lanes(const ConvArgs& a, int64_t first, int64_t last, int64_t chan
 
 template <class F>
 void with_dtype(int dtype, const F& f) {
-  if (dtype == kFloat32) f(float{});
-  else if (dtype == kBFloat16) f(bf16{});
-  else f(fp16{});
+  if (dtype == kFloat32)
+    f(float{});
+  else if (dtype == kBFloat16)
+    f(bf16{});
+  else
+    f(fp16{});
 }
 
 // f(element, both)
@@ -302,9 +307,9 @@ void check_packing(const ConvArgs& a) {
   bool good = ends[0] == 0 && ends[a.b] == a.l;
   for (int64_t i = 0; i < a.b; ++i) good = good && ends[i] <= ends[i + 1];
   if (good) return;
-  throw std::invalid_argument("causal_conv1d: cu_seqlens must start at 0, never fall and end at l = " +
-                              std::to_string(a.l) + ", got " + std::to_string(ends[0]) + " to " +
-                              std::to_string(ends[a.b]));
+  throw std::invalid_argument(
+      "causal_conv1d: cu_seqlens must start at 0, never fall and end at l = " + std::to_string(a.l) + ", got " +
+      std::to_string(ends[0]) + " to " + std::to_string(ends[a.b]));
 }
 
 // Below this many elements a second thread costs more than it brings.

@@ -56,9 +56,9 @@ int64_t most_groups(const ScanArgs& a, const Grouping& groups) {
 
 // Partial sums of one direction, one row a task.
 struct Partials {
-  float *dB, *dC;     // varying: [token][block][groups][n]; constant: [row group][d][n]
+  float *dB, *dC;  // varying: [token][block][groups][n]; constant: [row group][d][n]
   int64_t groups_B, groups_C;
-  float* dA;          // [row group][d][n]
+  float* dA;  // [row group][d][n]
   float *dD, *dbias;  // [row group][d]
 };
 
@@ -158,7 +158,8 @@ void reduce_constant(const Shape& shape, const Chunk& chunk, const float* lanes,
 
 // dy of the sum before the gate: dy * silu(z) * scale.
 template <class TZ, class TY>
-void stage_gradient(const ScanArgs& a, const Sequence& seq, const Chunk& chunk, int64_t channel, int lanes, float* out) {
+void stage_gradient(const ScanArgs& a, const Sequence& seq, const Chunk& chunk, int64_t channel, int lanes,
+                    float* out) {
   for (int64_t i = 0; i < chunk.size; ++i) {
     vf dy = zero();
     if (a.dy) dy = load_lanes(a.dy.at<TY>(seq.row, chunk.token[i], channel), a.dy.s[2], lanes) * set1(a.scale);
@@ -189,8 +190,8 @@ void write_dz(const ScanArgs& a, const Sequence& seq, int64_t first, int64_t blo
 
 // dx, ddt and the sums over tokens for dD and d dt_bias.
 template <class T>
-void write_inputs(const ScanDirection& dir, const Sequence& seq, const Chunk& chunk, int64_t channel,
-                  int lanes, const float* x, const float* dt, const float* slope, const float* dy, const float* sum_a,
+void write_inputs(const ScanDirection& dir, const Sequence& seq, const Chunk& chunk, int64_t channel, int lanes,
+                  const float* x, const float* dt, const float* slope, const float* dy, const float* sum_a,
                   const float* sum_b, float* dD, float* dbias) {
   const vf D = dir.D ? load_lanes(dir.D.at<float>(channel), dir.D.s[0], lanes) : zero();
   vf total_D = zero(), total_bias = zero();  // of this chunk: two short sums round less than a long one
@@ -207,7 +208,8 @@ void write_inputs(const ScanDirection& dir, const Sequence& seq, const Chunk& ch
   store(dbias, load(dbias) + total_bias);
 }
 
-void backward_task(const ScanArgs& a, const Shape& shape, const Partials* partials, int64_t row_group, int64_t block64) {
+void backward_task(const ScanArgs& a, const Shape& shape, const Partials* partials, int64_t row_group,
+                   int64_t block64) {
   const int64_t first = block64 * kBackwardBlock, width = min64(kBackwardBlock, a.d - first);
   const int64_t states = shape.states, blocks = ceil_div(width, W), matrix = states * W;  // floats of one (W, n)
   int64_t longest = 0;
@@ -288,8 +290,8 @@ void backward_task(const ScanArgs& a, const Shape& shape, const Partials* partia
           std::memset(dA_chunk, 0, matrix * sizeof(float));
           float *A_block = A + block * matrix, *dh_block = dh + block * matrix, *dA_block = dA + block * matrix;
           scan_chunk<true>(chunk.size, states, A_block, state, dt, dtx, B, C, y, decay, history + matrix);
-          backward_chunk(chunk.size, states, A_block, dh_block, dA_chunk, dt, dtx, dy, B, C, decay, history, sum_a, sum_b,
-                         dB, dC);
+          backward_chunk(chunk.size, states, A_block, dh_block, dA_chunk, dt, dtx, dy, B, C, decay, history, sum_a,
+                         sum_b, dB, dC);
           for (int64_t s = 0; s < matrix; s += W) store(dA_block + s, load(dA_block + s) + load(dA_chunk + s));
           float* sum_D = sums.get() + (direction * blocks + block) * 2 * W;
           with_dtype(a.dtype, [&](auto in) {
@@ -348,8 +350,8 @@ void backward_task(const ScanArgs& a, const Shape& shape, const Partials* partia
 
 // dB or dC of the tokens [begin, end): blocks of channels added in order.
 template <class T>
-void gather_tokens(const ScanArgs& a, const Shape& shape, const Grouping& grouping, int64_t groups, const float* partial,
-                   const View& view, int64_t begin, int64_t end) {
+void gather_tokens(const ScanArgs& a, const Shape& shape, const Grouping& grouping, int64_t groups,
+                   const float* partial, const View& view, int64_t begin, int64_t end) {
   const int64_t all = grouping.of(a.d - 1) + 1;
   Scratch total(all * a.n);
   for (int64_t token = begin; token < end; ++token) {
@@ -406,9 +408,8 @@ void scan_bwd(const ScanArgs& a) {
     if (p.groups_B > 1) std::memset(p.dB, 0, floats[i][0] * sizeof(float));  // lanes add to these
     if (p.groups_C > 1) std::memset(p.dC, 0, floats[i][1] * sizeof(float));
   }
-  parallel_for(shape.row_groups * shape.blocks64, a.threads, [&](int64_t task) {
-    backward_task(a, shape, partials, task / shape.blocks64, task % shape.blocks64);
-  });
+  parallel_for(shape.row_groups * shape.blocks64, a.threads,
+               [&](int64_t task) { backward_task(a, shape, partials, task / shape.blocks64, task % shape.blocks64); });
   const int64_t span = 256;
   for (int i = 0; i < a.directions; ++i) {
     const ScanDirection& dir = a.dir[i];

@@ -157,15 +157,16 @@ static void stage_inputs(const ScanArgs& a, const ScanDirection& dir, const Sequ
 }
 
 // Rows of (d, n) or (.., d, n) fp32 to [state][W] and back; `base` points at the first channel.
-static inline void load_states(const float* base, const View& view, int channel_axis, int64_t n, int lanes, float factor,
-                               float* out) {
+static inline void load_states(const float* base, const View& view, int channel_axis, int64_t n, int lanes,
+                               float factor, float* out) {
   const int64_t stride_d = view.s[channel_axis], stride_n = view.s[channel_axis + 1];
   std::memset(out, 0, padded_states(n) * W * sizeof(float));
   for (int lane = 0; lane < lanes; ++lane)
     for (int64_t s = 0; s < n; ++s) out[s * W + lane] = base[lane * stride_d + s * stride_n] * factor;
 }
 
-static inline void store_states(float* base, const View& view, int channel_axis, int64_t n, int lanes, const float* in) {
+static inline void store_states(float* base, const View& view, int channel_axis, int64_t n, int lanes,
+                                const float* in) {
   const int64_t stride_d = view.s[channel_axis], stride_n = view.s[channel_axis + 1];
   for (int lane = 0; lane < lanes; ++lane)
     for (int64_t s = 0; s < n; ++s) base[lane * stride_d + s * stride_n] = in[s * W + lane];

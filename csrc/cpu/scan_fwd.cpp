@@ -5,8 +5,9 @@
 // of each direction and z are read once, y is written once, nothing is flipped.
 // Traffic: (2 + 1 + 1) * b*l*d elements for one direction with a gate, (4 + 1 + 1) for two; B and C 2*b*l*n for each
 // block of 32 channels, from cache after the first.
-// Numerics: fp32 state and sums; A arrives times log2(e), so a decay is one exp2; y = D x + <C, h> summed in two chains.
-// A row's bits depend on its own inputs and on the instruction set only: not on b, on the split or on the threads.
+// Numerics: fp32 state and sums; A arrives times log2(e), so a decay is one exp2; y = D x + <C, h> summed in two
+// chains. A row's bits depend on its own inputs and on the instruction set only: not on b, on the split or on the
+// threads.
 #include "parallel.h"
 #include "scan_common.h"
 
@@ -15,7 +16,8 @@ namespace endomamba::ENDOMAMBA_LEVEL {
 namespace {
 
 template <class TZ, class TY>
-void write_output(const ScanArgs& a, const Sequence& seq, const Chunk& chunk, int64_t channel, int lanes, const float* y) {
+void write_output(const ScanArgs& a, const Sequence& seq, const Chunk& chunk, int64_t channel, int lanes,
+                  const float* y) {
   const vf scale = set1(a.scale);
   for (int64_t i = 0; i < chunk.size; ++i) {
     vf value = load(y + i * W) * scale;
@@ -62,7 +64,8 @@ void forward_task(const ScanArgs& a, int64_t index, int64_t first) {
         });
         float* state = h + block * states * W;
         if (dir.chunk_states)
-          store_states(dir.chunk_states.at<float>(seq.row, chunk.slot, channel), dir.chunk_states, 2, a.n, lanes, state);
+          store_states(dir.chunk_states.at<float>(seq.row, chunk.slot, channel), dir.chunk_states, 2, a.n, lanes,
+                       state);
 
         // total is [step of the forward walk][block][W]: the other direction finds the token from the far end.
         const auto total_at = [&](int64_t i) {
@@ -79,9 +82,8 @@ void forward_task(const ScanArgs& a, int64_t index, int64_t first) {
           for (int64_t i = 0; i < chunk.size; ++i) store(total_at(i), load(y + i * W));
         } else {
           with_dtype(a.dtype, [&](auto in) {
-            with_dtype(a.out_dtype, [&](auto out) {
-              write_output<decltype(in), decltype(out)>(a, seq, chunk, channel, lanes, y);
-            });
+            with_dtype(a.out_dtype,
+                       [&](auto out) { write_output<decltype(in), decltype(out)>(a, seq, chunk, channel, lanes, y); });
           });
         }
       }
@@ -99,9 +101,8 @@ void forward_task(const ScanArgs& a, int64_t index, int64_t first) {
 
 void scan_fwd(const ScanArgs& a) {
   const int64_t blocks = ceil_div(a.d, kForwardBlock);
-  parallel_for(a.b * blocks, a.threads, [&](int64_t task) {
-    forward_task(a, task / blocks, task % blocks * kForwardBlock);
-  });
+  parallel_for(a.b * blocks, a.threads,
+               [&](int64_t task) { forward_task(a, task / blocks, task % blocks * kForwardBlock); });
 }
 
 }  // namespace endomamba::ENDOMAMBA_LEVEL

@@ -21,8 +21,12 @@
 
 namespace endomamba {
 enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-struct bf16 { uint16_t bits; };
-struct fp16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
 }  // namespace endomamba
 
 namespace endomamba::ENDOMAMBA_LEVEL {
@@ -40,7 +44,11 @@ typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
 
-ENDOMAMBA_INLINE vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
+ENDOMAMBA_INLINE vf load(const float* p) {
+  vf v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
 ENDOMAMBA_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
 ENDOMAMBA_INLINE vf set1(float s) {
@@ -165,7 +173,10 @@ class BlockCache {
   }
 
  private:
-  struct Block { void* p = nullptr; int64_t bytes = 0; };
+  struct Block {
+    void* p = nullptr;
+    int64_t bytes = 0;
+  };
   Block blocks_[kSlots];
 };
 

@@ -71,7 +71,9 @@ def check_packed(op: str, cu_seqlens: Tensor | None, max_seqlen: int | None, bat
     if batch != 1:
         raise ValueError(f"{op}: packed sequences come as one row, b = 1, got b = {batch}")
     if max_seqlen is None:
-        raise ValueError(f"{op}: cu_seqlens needs max_seqlen (the longest sequence), which cannot be read without a stop")
+        raise ValueError(
+            f"{op}: cu_seqlens needs max_seqlen (the longest sequence), which cannot be read without a stop"
+        )
     return cu_seqlens.numel() - 1
 
 

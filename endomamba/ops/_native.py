@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._backend import FP64
-from ._extension import C, MISSING
+from ._extension import MISSING, C
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType of csrc/cpu/simd.h
 

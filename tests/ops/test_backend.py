@@ -32,7 +32,9 @@ def toy(monkeypatch):
     monkeypatch.setattr(_backend, "_warned", set())
 
     def make(**reasons):
-        table = {name: Backend(lambda name=name: name, None, lambda *t, why=why: list(why)) for name, why in reasons.items()}
+        table = {
+            name: Backend(lambda name=name: name, None, lambda *t, why=why: list(why)) for name, why in reasons.items()
+        }
         return register("toy", table)
 
     return make
@@ -123,7 +125,7 @@ def test_every_level_of_this_machine_is_right(level):
 
 @needs_extension
 def test_an_unknown_level_is_refused():
-    with pytest.raises(ValueError, match="level must be one of .*baseline.* on this machine, got avx1024"):
+    with pytest.raises(ValueError, match=r"level must be one of .*baseline.* on this machine, got avx1024"):
         _extension.C.set_level("avx1024")
 
 
@@ -164,7 +166,9 @@ def test_without_the_extension_the_reference_runs_and_says_so():
         y, _ = selective_scan(x, x, -torch.ones(2, 4), torch.ones(1, 3, 4), torch.ones(1, 3, 4))
         print(json.dumps({"why": backend_info()["selective_scan"]["cpu"], "finite": bool(y.isfinite().all())}))
     """)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=dict(os.environ))
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=dict(os.environ)
+    )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["finite"] and told["why"] and "endomamba._C" in told["why"][0]

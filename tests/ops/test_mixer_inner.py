@@ -1,4 +1,4 @@
-"""mixer_inner and frame_step: equal to the public ops they are made of, in every gradient; a state that is carried on."""
+"""mixer_inner and frame_step: equal to the public ops they are made of, in every gradient; a carried state."""
 
 import pytest
 import torch
@@ -150,9 +150,7 @@ def test_walks(walk, both, backend):
     p, p_b = parameters(12, 4, 2), parameters(12, 4, 2, seed=5) if both else None
     xz = inputs(2, 20, 12, 4)[0]
     got = mixer_inner(xz, *p, *(p_b or ()), backend=backend, **WALKS[walk])[0]
-    expected = composed(
-        xz.double(), [t.double() for t in p], p_b and [t.double() for t in p_b], **WALKS[walk]
-    )[0]
+    expected = composed(xz.double(), [t.double() for t in p], p_b and [t.double() for t in p_b], **WALKS[walk])[0]
     plain = composed(xz, p, p_b)[0]
     torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-5)
     if walk != "frame":
@@ -211,7 +209,12 @@ def test_packed_equals_a_loop(backend):
     tensors = leaves([xz, *p, conv_state, ssm_state])
     states = dict(return_final_state=True, backend=backend)
     packed = mixer_inner(
-        *tensors[:8], initial_conv_state=tensors[8], initial_ssm_state=tensors[9], cu_seqlens=cu, max_seqlen=17, **states
+        *tensors[:8],
+        initial_conv_state=tensors[8],
+        initial_ssm_state=tensors[9],
+        cu_seqlens=cu,
+        max_seqlen=17,
+        **states,
     )
     loop_tensors = leaves([xz, *p, conv_state, ssm_state])
     rows = [
@@ -313,7 +316,18 @@ def test_opcheck(form, save_states):
     if save_states:
         tensors = [None if t is None else t.requires_grad_() for t in tensors]
     cu = torch.tensor([0, 3, 3, 7]) if options.get("packed") else None
-    args = (*tensors, cu, 1.0, False, 0, 4 if cu is not None else 0, not options.get("both"), save_states, "auto", "auto")
+    args = (
+        *tensors,
+        cu,
+        1.0,
+        False,
+        0,
+        4 if cu is not None else 0,
+        not options.get("both"),
+        save_states,
+        "auto",
+        "auto",
+    )
     opcheck(mixer_inner_op, args)
 
 
@@ -358,7 +372,10 @@ def test_flops_are_counted_by_hand():
         (dict(xz=torch.zeros(2, 5, 15)), "odd last size"),
         (dict(A=torch.zeros(7, 4)), r"A must be \(d, n\) with d = 8"),
         (dict(x_proj_weight=torch.zeros(9, 8)), r"x_proj_weight must have shape"),
-        (dict(initial_ssm_state=torch.zeros(1, 8, 4)), r"initial_ssm_state must have shape .*\(2, 8, 4\), got \(1, 8, 4\)"),
+        (
+            dict(initial_ssm_state=torch.zeros(1, 8, 4)),
+            r"initial_ssm_state must have shape .*\(2, 8, 4\), got \(1, 8, 4\)",
+        ),
         (dict(scale=0.5), "scale=0.5 weighs the sum of two directions"),
         (dict(conv_weight_b=torch.zeros(8, 4)), "needs x_proj_weight_b, A_b, dt_proj_weight_b too"),
         (dict(backend="gpu"), "backend must be 'auto' or one of"),

@@ -24,7 +24,7 @@ def frame_step(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """`mixer_inner` for the next l >= 1 tokens of each stream; conv_state and ssm_state are overwritten with the new ones.
+    """`mixer_inner` for the next l >= 1 tokens of each stream; conv_state and ssm_state are overwritten.
 
     xz: (b, l, 2d)  conv_state: (b, w - 1, d) fp32, newest last  ssm_state: (b, d, n) fp32; parameters as in mixer_inner
     -> y (b, l, d) in the dtype of xz.

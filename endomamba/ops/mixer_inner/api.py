@@ -57,7 +57,7 @@ def mixer_inner(
         dt, B, C  = u @ x_proj_weight.T            (r + n + n columns), dt @ dt_proj_weight.T
         y         = scan(u, softplus(dt + dt_bias), A, B, C, D) * silu(z)
 
-    Both ways (EndoMamba 1.3, Vim): y = scale * (scan + reverse scan_b) * silu(z), each direction with its own u, dt, B, C.
+    Both ways (as in Vim): y = scale * (scan + reverse scan_b) * silu(z), each direction with its own u, dt, B, C.
 
     xz: (b, l, 2d), x first  conv_weight: (d, w)  conv_bias, dt_bias, D: (d,)
     x_proj_weight: (r + 2n, d)  dt_proj_weight: (d, r)  A: (d, n), negative
@@ -66,7 +66,7 @@ def mixer_inner(
 
     reverse, order, frames, cu_seqlens, max_seqlen, plan, backend: as in `selective_scan`.
 
-    The projections run in the dtype of xz (under autocast: the autocast dtype), conv, softplus, scan and states in fp32.
+    The projections run in the dtype of xz (under autocast: the autocast dtype), conv, softplus, scan, states in fp32.
     Saved for backward: the arguments and one state per 64 tokens; conv, projections and softplus are computed again.
     Gradients for every tensor, states included; no double backward.
     """

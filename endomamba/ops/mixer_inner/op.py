@@ -142,9 +142,10 @@ def _gradient_dtype(t: Tensor | None) -> torch.dtype:
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, scale, reverse, frames, max_seqlen, _, _, plan, backend = inputs
+    *tensors, scale, reverse, frames, max_seqlen, return_final_state, _, plan, backend = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[3:])
+    # A state that was not asked for is an empty tensor: its gradient, empty too, must not reach a kernel as a state's.
+    ctx.mark_non_differentiable(*output[3 if return_final_state else 1 :])
     ctx.save_for_backward(*tensors, *output[3:])
     ctx.flags = scale, reverse, frames, max_seqlen, plan, backend
 
