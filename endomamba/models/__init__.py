@@ -1,23 +1,29 @@
-"""Models: thin, without knowledge of kernels."""
+"""Networks over `endomamba.ops`: create them by name, load published weights, run clips or streams.
 
+model = create_model("endomamba_small", num_classes=7)
+report = load_checkpoint(model, "endomamba_small_phase.pth")
+logits = model(video)                            # (b, 3, t, h, w) -> (b, t, classes)
+
+state = model.init_state(batch_size=1)
+logits, state = model.step(frames, state)        # any number of frames >= 1
+"""
+
+from ._registry import create_model, list_models, register_model
 from .checkpoint import CheckpointError, LoadReport, load_checkpoint
 from .config import EndoMambaConfig
-from .endomamba import EndoMamba, endomamba, endomamba_middle, endomamba_small, endomamba_tiny
-from .registry import create_model, list_models, register_model
-from .state import StateError, StreamState
+from .endomamba import EndoMamba
+from .heads import ClassificationHead, PhaseHead
+from .state import StreamState
 
 __all__ = [
     "CheckpointError",
+    "ClassificationHead",
     "EndoMamba",
     "EndoMambaConfig",
     "LoadReport",
-    "StateError",
+    "PhaseHead",
     "StreamState",
     "create_model",
-    "endomamba",
-    "endomamba_middle",
-    "endomamba_small",
-    "endomamba_tiny",
     "list_models",
     "load_checkpoint",
     "register_model",

@@ -1,7 +1,10 @@
-"""Loading weights: every container of the published code and safetensors; strict, and never silently nothing.
+"""Weights from every container in which EndoMamba weights were published, and from safetensors.
 
-Containers (reference code, Apache-2.0, github.com/TianCuteQY/EndoMamba): pre-training {'model': {'encoder.*', decoder}},
-phase {'model': ...}, classification {'backbone_state_dict': {'module.*'}}, segmentation and others: a bare state dict.
+    report = load_checkpoint(model, "checkpoint-499.pth")
+    print(report)
+
+A checkpoint loads whole or not at all: whatever is wrong with it, the model keeps the weights it had.
+Pickles are opened with weights_only=True: they can hold tensors, numbers and an argparse.Namespace, and run no code.
 """
 
 from __future__ import annotations
@@ -9,211 +12,330 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import os
 import pickle
-import zipfile
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
-import numpy
+import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .layers import resize_positions
 
-WRAPPERS = ("backbone_state_dict", "model", "state_dict", "module")
-# Parts of a pre-training or segmentation file that an encoder has no use for.
-DISCARDED = ("decoder.", "encoder_to_decoder.", "mask_token", "segmentation_head.", "clip_decoder.", "clip_projector.")
+# Where a training script put the weights, and the prefixes that wrappers put before each name.
+CONTAINERS = ("model", "backbone_state_dict", "state_dict")
+WRAPPERS = ("module.", "_orig_mod.")
+# What stands beside `encoder.` in the published pre-training and segmentation files: no part of this model.
+BESIDE_ENCODER = ("mask_token", "encoder_to_decoder.", "decoder.", "segmentation_head.")
+# What a pre-trained encoder does not bring: the published rule leaves these as they were initialised.
+NOT_PRETRAINED = ("cls_token", "pos_embed", "head.")
 
 
 class CheckpointError(ValueError):
-    """A file that cannot be loaded: one sentence, the model is as it was."""
+    """This file cannot be loaded into this model.  The message is one sentence; the model is as it was."""
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What happened to every key."""
+    """What load_checkpoint did.  Names on the left of a mapping are those in the file."""
 
     path: str
-    loaded: int
-    remapped: dict[str, str] = field(default_factory=dict)  # key in the file -> key in the model, or what was done
-    missing: list[str] = field(default_factory=list)  # in the model, kept as they were
-    unexpected: list[str] = field(default_factory=list)  # in the file, not used
+    container: str  # where in the file the weights were
+    loaded: tuple[str, ...]  # parameters of the model that have new values
+    remapped: Mapping[str, str] = field(default_factory=dict)  # loaded under another name or in another shape: how
+    missing: tuple[str, ...] = ()  # parameters of the model that keep their values
+    unexpected: tuple[str, ...] = ()  # names in the file for which the model has no parameter
+    skipped: Mapping[str, str] = field(default_factory=dict)  # names in the file that were left out: why
 
     def __str__(self) -> str:
-        lines = [f"{self.path}: {self.loaded} tensors loaded"]
-        for name in ("remapped", "missing", "unexpected"):
-            keys = list(getattr(self, name))
-            if keys:
-                shown = ", ".join(keys[:4]) + (f", ... ({len(keys)} in all)" if len(keys) > 4 else "")
-                lines.append(f"  {name}: {shown}")
+        lines = [f"{self.path} ({self.container}): {len(self.loaded)} tensors loaded"]
+        lines += [f"  remapped    {name}: {how}" for name, how in _shortened(self.remapped).items()]
+        lines += [f"  not in file {name}: kept as initialised" for name in self.missing]
+        lines += [f"  not in model {name}" for name in _families(self.unexpected)]
+        lines += [f"  skipped     {name}: {why}" for name, why in self.skipped.items()]
         return "\n".join(lines)
 
 
 def load_checkpoint(
-    model: nn.Module, path: str | Path, *, drop_head: bool = False, map_pos_embed: bool = False
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    strict: bool = True,
+    map_pos_embed: bool = False,
+    drop_head: bool = False,
 ) -> LoadReport:
-    """Loads published or own weights into an EndoMamba and tells what it did with each key.
+    """Loads `path` into an EndoMamba and says what went where.
 
-    Every key must fit, in both directions, except where the file is known to be of another stage: a pre-training file
-    has no class token and no head, and its decoder is not used.  Its positions of (1, patches, c) are discarded, as the
-    published loader does; map_pos_embed=True puts them on the patches instead (class token row zero).  Positions of
-    another image size are interpolated.  drop_head=True leaves the model's own head, for another set of classes.
+    Files: pre-training ({'model': ...} or bare, names under `encoder.`), phase ({'model': ...}), classification
+    ({'backbone_state_dict': ...}, names under `module.`), a bare state dict, safetensors.
 
-    Pickles are read with weights_only=True; argparse.Namespace and NumPy scalars are the only other types allowed.
-    Raises CheckpointError (a ValueError) and changes nothing if the file does not fit.
+    strict: every name and shape must match, except that an `encoder.` file may lack cls_token, pos_embed and head, and
+        hold decoders.  False: what does not match is left out and reported.
+    map_pos_embed: pre-trained positions have no row for cls, and the published rule discards them.  True puts them in
+        rows 1.. and zeros in row 0.
+    drop_head: leave the model's head as it is, whatever the file has.
+
+    Positions of another image size are interpolated.  CheckpointError: the file is not loadable, or would load nothing.
     """
-    source = Path(path)
-    state, wrapped = _unwrap(_read(source), source)
-    remapped: dict[str, str] = {}
-    state, pretrained = _strip(state, remapped)
-    unexpected = [key for key in state if key.startswith(DISCARDED)]
-    state = {key: value for key, value in state.items() if not key.startswith(DISCARDED)}
-    own = model.state_dict()
-    allowed_missing: set[str] = set()
-    if pretrained:
-        allowed_missing |= {key for key in own if key.startswith("head.")} | {"cls_token", "pos_embed"}
+    path = os.fspath(path)
+    source, container = _unwrap(path, _read(path))
+    weights, remapped, beside = _strip(path, source)
+    pretrained = beside is not None
+    skipped: dict[str, str] = dict.fromkeys(beside or (), "not part of the encoder")
+    target = model.state_dict()
+
     if drop_head:
-        unexpected += [key for key in state if key.startswith("head.")]
-        state = {key: value for key, value in state.items() if not key.startswith("head.")}
-        allowed_missing |= {key for key in own if key.startswith("head.")}
-    if "pos_embed" in state:
-        _fit_positions(model, state, pretrained, map_pos_embed, remapped, unexpected)
-    if not set(state) & set(own):
-        theirs, ours = next(iter(state), next(iter(unexpected), "none")), next(iter(own))
-        raise CheckpointError(
-            f"{source}: no key fits this model (the file has {theirs!r}, the model {ours!r}); nothing was loaded"
-        )
-    wrong = [
-        f"{key} is {tuple(value.shape)}, the model has {tuple(own[key].shape)}"
-        for key, value in state.items()
-        if key in own and value.shape != own[key].shape
-    ]
-    if wrong:
-        hint = "; load with drop_head=True to keep the model's own head" if wrong[0].startswith("head.") else ""
-        raise CheckpointError(f"{source}: {len(wrong)} tensor(s) have another shape, first {wrong[0]}{hint}")
-    missing = [key for key in own if key not in state]
-    lacking = [key for key in missing if key not in allowed_missing]
-    foreign = [key for key in state if key not in own]
-    if lacking or foreign:
-        hint = "; drop_head=True ignores the head" if all(key.startswith("head.") for key in lacking + foreign) else ""
-        raise CheckpointError(f"{source}: does not fit this model{_list('missing', lacking)}{_list('unexpected', foreign)}{hint}")
-    model.load_state_dict(state, strict=False)
-    return LoadReport(str(source), len(state), {**wrapped, **remapped}, missing, unexpected)
+        for name in [name for name in weights if name.startswith("head.")]:
+            skipped[name] = "drop_head=True"
+            del weights[name]
+    _check_head(path, weights, target)
+    if "pos_embed" in weights and "pos_embed" in target:
+        _fit_positions(path, model, weights, remapped, skipped, map_pos_embed)
+
+    missing = tuple(name for name in target if name not in weights)
+    unexpected = tuple(name for name in weights if name not in target)
+    shared = [name for name in weights if name in target]
+    if not any(name.startswith("layers.") for name in shared):
+        held = ", ".join(_families(list(source)[:200])[:4]) or "nothing"
+        raise CheckpointError(f"{path}: nothing in it fits this model, it would load nothing (the file holds {held})")
+    mismatched = {name: _mismatch(weights[name], target[name]) for name in shared}
+    mismatched = {name: why for name, why in mismatched.items() if why}
+    if strict:
+        optional = NOT_PRETRAINED if pretrained else ()
+        optional += ("head.",) if drop_head else ()
+        _check_strict(path, mismatched, [n for n in missing if not n.startswith(optional)], unexpected)
+    skipped.update(mismatched)
+
+    loaded = {name: weights[name] for name in shared if name not in mismatched}
+    model.load_state_dict(loaded, strict=False)
+    return LoadReport(
+        path=path,
+        container=container,
+        loaded=tuple(loaded),
+        remapped={old: how for old, how in remapped.items() if how.split(" ")[0] in loaded},
+        missing=(*missing, *mismatched),
+        unexpected=unexpected,
+        skipped=skipped,
+    )
 
 
-def _list(what: str, keys: list[str]) -> str:
-    if not keys:
-        return ""
-    return f"; {what} {len(keys)} key(s): {', '.join(keys[:3])}" + (", ..." if len(keys) > 3 else "")
+# ---- from a file to a dict
 
 
-def _read(path: Path) -> object:
-    if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder, expected a .pth, .pt or .safetensors file")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    if path.stat().st_size == 0:
-        raise CheckpointError(f"{path}: the file is empty")
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+def _read(path: str) -> Any:
+    """The content of a safetensors file or of a pickle of torch.save."""
     try:
-        return load_file(str(path))
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a complete safetensors file ({error})") from error
-
-
-def _read_pickle(path: Path) -> object:
+        with open(path, "rb") as file:
+            head = file.read(9)
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from None
+    if head[8:9] == b"{" and not head.startswith(b"PK"):
+        return _read_safetensors(path)
+    if not head.startswith((b"PK", b"\x80")):
+        what = "empty" if size == 0 else f"begins with {head!r}"
+        raise CheckpointError(
+            f"{path}: is neither a PyTorch nor a safetensors file (it is {what})".replace("is begins", "begins")
+        )
     try:
         with _safe_globals():
-            return torch.load(str(path), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, AttributeError) as error:
-        if "Unsupported" in str(error) or "Weights only" in str(error):
-            name = str(error).split("GLOBAL ")[-1].split(" ")[0] if "GLOBAL " in str(error) else "a type that is not allowed"
-            raise CheckpointError(f"{path}: holds {name}, which weights-only loading refuses; save its state dict alone") from error
-        raise CheckpointError(f"{path}: not a PyTorch checkpoint ({_first_line(error)})") from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, IndexError) as error:
-        raise CheckpointError(f"{path}: truncated, or not a PyTorch checkpoint ({_first_line(error)})") from error
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if found:
+            raise CheckpointError(
+                f"{path}: holds a {found[1]} beside its tensors, which is not loaded because it could run code"
+            ) from None
+        raise CheckpointError(f"{path}: is damaged, or no file of torch.save") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        first = str(error).split("\n")[0]
+        raise CheckpointError(f"{path}: is damaged or truncated ({type(error).__name__}: {first[:120]})") from None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def _read_safetensors(path: str) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: is a damaged or truncated safetensors file ({error})") from None
 
 
-def _safe_globals() -> contextlib.AbstractContextManager:
-    scalar = getattr(numpy, "_core", getattr(numpy, "core", None)).multiarray.scalar
-    dtypes = [type(numpy.dtype(name)) for name in ("float16", "float32", "float64", "int32", "int64", "bool", "uint8")]
-    return torch.serialization.safe_globals([argparse.Namespace, scalar, numpy.dtype, *dtypes])
+@contextlib.contextmanager
+def _safe_globals() -> Iterator[None]:
+    """Lets training arguments and numpy numbers through weights_only=True for the time of one load."""
+    allowed = [argparse.Namespace, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}, *_SCALARS]
+    if hasattr(torch.serialization, "safe_globals"):
+        with torch.serialization.safe_globals(allowed):
+            yield
+        return
+    before = torch.serialization.get_safe_globals()  # torch 2.4 has only the list of the process
+    torch.serialization.add_safe_globals(allowed)
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
-def _unwrap(data: object, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state dict inside a training file."""
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: holds a {type(data).__name__}, expected a state dict or a dict that contains one")
-    for name in WRAPPERS:
-        if isinstance(data.get(name), dict):
-            data, told = data[name], {f"[{name!r}]": "the state dict inside"}
+def _scalar(dtype: np.dtype, raw: bytes | str) -> np.generic:
+    """Stands for numpy's scalar(), under both names that numpy gave it; numbers only, never objects."""
+    raw = raw.encode("latin1") if isinstance(raw, str) else raw
+    return np.frombuffer(raw, dtype=dtype, count=1)[0]
+
+
+def _named(module: str) -> Any:
+    def scalar(dtype: np.dtype, raw: bytes | str) -> np.generic:
+        return _scalar(dtype, raw)
+
+    scalar.__module__, scalar.__qualname__ = module, "scalar"
+    return scalar
+
+
+_SCALARS = (_named("numpy.core.multiarray"), _named("numpy._core.multiarray"))
+
+
+# ---- from a dict to names of the model
+
+
+def _unwrap(path: str, content: Any) -> tuple[dict[str, Tensor], str]:
+    """-> the state dict and where it was."""
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a state dict")
+    for key in CONTAINERS:
+        if isinstance(content.get(key), Mapping):
+            content, where = content[key], f"['{key}']"
             break
     else:
-        told = {}
-    state = {key: value for key, value in data.items() if isinstance(value, Tensor)}
-    if not state:
-        raise CheckpointError(f"{path}: contains no tensors (keys: {', '.join(map(str, list(data)[:4])) or 'none'})")
-    return state, told
+        where = "bare"
+    weights = {name: t for name, t in content.items() if isinstance(name, str) and isinstance(t, Tensor)}
+    if not weights:
+        keys = ", ".join(repr(key) for key in list(content)[:5]) or "nothing"
+        raise CheckpointError(f"{path}: holds no tensors by name, it would load nothing (the file holds {keys})")
+    return weights, where
 
 
-def _strip(state: dict[str, Tensor], remapped: dict[str, str]) -> tuple[dict[str, Tensor], bool]:
-    """Without DDP's `module.` and the pre-training `encoder.`; True if the latter was there."""
-    for prefix in ("module.", "encoder."):
-        if any(key.startswith(prefix) for key in state):
-            out = {}
-            for key, value in state.items():
-                name = key.removeprefix(prefix)
-                if name != key:
-                    remapped[key] = name
-                if name in out:
-                    raise CheckpointError(f"two keys of the file become {name!r} without the prefix {prefix!r}")
-                out[name] = value
-            state, found = out, prefix
-        else:
-            found = ""
-    return state, found == "encoder."
+def _strip(path: str, source: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str], list[str] | None]:
+    """Takes the prefixes off.  -> weights, {name in the file: name in the model}, what stood beside `encoder.` or None."""
+    weights, prefix = dict(source), ""
+    for wrapper in WRAPPERS:
+        if all(name.startswith(wrapper) for name in weights):
+            weights = {name.removeprefix(wrapper): t for name, t in weights.items()}
+            prefix += wrapper
+    beside = None
+    if any(name.startswith("encoder.layers.") for name in weights):
+        beside = [name for name in weights if name.startswith(BESIDE_ENCODER)]
+        weights = {name: t for name, t in weights.items() if name not in set(beside)}
+        clash = [name for name in weights if f"encoder.{name}" in weights]
+        if clash:
+            raise CheckpointError(f"{path}: holds both {clash[0]} and encoder.{clash[0]}")
+    renamed = {name: name.removeprefix("encoder.") if beside is not None else name for name in weights}
+    remapped = {prefix + old: new for old, new in renamed.items() if prefix + old != new}
+    return {renamed[old]: t for old, t in weights.items()}, remapped, beside
 
 
 def _fit_positions(
+    path: str,
     model: nn.Module,
-    state: dict[str, Tensor],
-    pretrained: bool,
-    map_pos_embed: bool,
+    weights: dict[str, Tensor],
     remapped: dict[str, str],
-    unexpected: list[str],
+    skipped: dict[str, str],
+    map_pos_embed: bool,
 ) -> None:
-    """Brings the file's positions to the model's grid, in `state`."""
-    config, positions = model.config, state["pos_embed"]
-    if positions.ndim != 3 or positions.shape[2] != config.embed_dim:
-        return  # reported as a wrong shape
-    rows, cls = positions.shape[1], int(config.with_cls_token)
-    h, w = config.grid
-    if rows == h * w + cls:
+    """Brings weights["pos_embed"] to the model's shape, or takes it out and says why."""
+    pos, target = weights["pos_embed"], model.state_dict()["pos_embed"]
+    if pos.shape == target.shape:
         return
-    has_cls = not pretrained
-    side = math.isqrt(rows - has_cls)
-    if side * side != rows - has_cls:
+    if pos.ndim != 3 or pos.shape[0] != 1 or pos.shape[2] != target.shape[2]:
+        return  # an ordinary mismatch
+    name = next((old for old, new in remapped.items() if new == "pos_embed"), "pos_embed")
+    grid, rows = model.config.grid, pos.shape[1]
+    patches = grid[0] * grid[1]
+    extra = target.shape[1] - patches  # 1 with a cls token
+    had = rows - extra if rows - extra == patches or math.isqrt(rows - extra) ** 2 == rows - extra else None
+    if had is not None and had > 0:
+        side = math.isqrt(had)
+        weights["pos_embed"] = resize_positions(pos, (side, side), grid)
+        remapped[name] = f"pos_embed interpolated from {side}x{side} to {grid[0]}x{grid[1]} patches"
         return
-    if pretrained and cls:
-        if not map_pos_embed:
-            unexpected.append("pos_embed")
-            remapped.pop("encoder.pos_embed", None)
-            del state["pos_embed"]
+    square = (math.isqrt(rows), math.isqrt(rows))
+    if extra == 1 and (rows == patches or square[0] * square[1] == rows):
+        if map_pos_embed:
+            fitted = resize_positions(pos, grid if rows == patches else square, grid)
+            weights["pos_embed"] = torch.cat((torch.zeros_like(fitted[:, :1]), fitted), dim=1)
+            remapped[name] = "pos_embed rows 1.. with zeros in row 0"
             return
-        positions = torch.cat((torch.zeros_like(positions[:, :1]), positions), dim=1)
-        remapped["pos_embed"] = "rows 1.. of pos_embed, row 0 zero"
-        has_cls = True
-    if has_cls == bool(cls):
-        if side * side != h * w:
-            remapped["pos_embed"] = f"interpolated from {side} x {side} to {h} x {w} patches"
-        state["pos_embed"] = resize_positions(positions, (side, side), (h, w), bool(cls))
+        why = f"{rows} rows have none for cls; the published rule discards them (map_pos_embed=True keeps them)"
+    else:
+        why = f"{rows} rows are no square grid of patches"
+    skipped[name] = why
+    del weights["pos_embed"]
+
+
+# ---- checks, all before the model is touched
+
+
+def _check_head(path: str, weights: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    if "head.weight" not in weights or weights["head.weight"].ndim != 2:
+        return
+    classes = weights["head.weight"].shape[0]
+    if "head.weight" not in target:
+        raise CheckpointError(
+            f"{path}: has a head for {classes} classes and this model none: "
+            f"create it with num_classes={classes}, or pass drop_head=True"
+        )
+    if target["head.weight"].shape[0] != classes:
+        raise CheckpointError(
+            f"{path}: has a head for {classes} classes and this model one for {target['head.weight'].shape[0]}: "
+            f"create it with num_classes={classes}, or pass drop_head=True"
+        )
+
+
+def _mismatch(got: Tensor, expected: Tensor) -> str:
+    if got.shape != expected.shape:
+        return f"shape {tuple(got.shape)} in the file, {tuple(expected.shape)} in the model"
+    if not got.is_floating_point():
+        return f"{got.dtype} in the file, {expected.dtype} in the model"
+    return ""
+
+
+def _check_strict(path: str, mismatched: Mapping[str, str], missing: list[str], unexpected: tuple[str, ...]) -> None:
+    problems = []
+    if mismatched:
+        name, why = next(iter(mismatched.items()))
+        problems.append(f"{name} has {why}" + (f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else ""))
+    for names, what in ((missing, "missing"), (unexpected, "unknown to the model")):
+        if names:
+            families = _families(names)
+            problems.append(f"{what}: {', '.join(families[:4])}" + (" and more" if len(families) > 4 else ""))
+    if problems:
+        raise CheckpointError(f"{path}: does not fit this model: {'; '.join(problems)}")
+
+
+def _families(names: Any) -> list[str]:
+    """Names with the number of a layer replaced by *, each once: short enough for a sentence.
+
+    >>> _families(["decoder.blocks.0.norm1.weight", "decoder.blocks.1.norm1.weight"])
+    ['decoder.blocks.*.norm1.weight (2)']
+    """
+    counts: dict[str, int] = {}
+    for name in names:
+        family = re.sub(r"\.\d+\.", ".*.", name)
+        counts[family] = counts.get(family, 0) + 1
+    return [name if count == 1 else f"{name} ({count})" for name, count in counts.items()]
+
+
+def _shortened(remapped: Mapping[str, str]) -> dict[str, str]:
+    """One line for all names that only lost a prefix."""
+    prefixes: dict[str, int] = {}
+    lines = {}
+    for old, new in remapped.items():
+        if old.endswith(new):
+            prefix = old.removesuffix(new)
+            prefixes[prefix] = prefixes.get(prefix, 0) + 1
+        else:
+            lines[old] = new
+    return {**{f"{prefix}*": f"* ({count} names)" for prefix, count in prefixes.items()}, **lines}

@@ -1,69 +1,142 @@
-"""Small layers: norm weights, patches, positions.  Letters: b batch, t frames, n tokens of a frame, c channels."""
+"""Embedding, positions, DropPath and the two kinds of block.
+
+Letters: b clips, t frames, n tokens of a frame (cls first), c channels, p patch size.  Tokens are (b, t, n, c) from the
+embedding to the head; ((b t), n, c) for a spatial block and (b, (t n), c) for a temporal one are views of that memory.
+"""
 
 from __future__ import annotations
-
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import add_rms_norm
+from .mixer import BidirectionalMixer, CausalMixer
 
-class RMSNorm(nn.Module):
-    """Holds the weight that `add_rms_norm` reads; the block calls the op, which adds the residual too."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
+NORM_EPS = 1e-5
 
 
 class PatchEmbed(nn.Module):
-    """(b, 3, t, h, w) -> (b, t, patches, c), patches row by row.
+    """One vector a patch: a Conv3d whose stride is its kernel, computed as the matrix product it is."""
 
-    The published layer is a Conv3d with kernel = stride = (1, p, p); its weights are kept in that shape and applied as one
-    matrix product, which reads the same numbers without a convolution's set-up.
-    """
-
-    def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:
+    def __init__(self, in_channels: int, embed_dim: int, patch_size: int):
         super().__init__()
-        size = (1, patch_size, patch_size)
-        self.proj = nn.Conv3d(in_chans, dim, kernel_size=size, stride=size)
-        self.patch_size = patch_size
+        kernel = (1, patch_size, patch_size)
+        self.proj = nn.Conv3d(
+            in_channels, embed_dim, kernel, stride=kernel
+        )  # holds the weights in their published shape
 
     def forward(self, video: Tensor) -> Tensor:
-        b, c, t, h, w = video.shape
-        p = self.patch_size
-        patches = video.view(b, c, t, h // p, p, w // p, p) if video.is_contiguous() else video.reshape(
-            b, c, t, h // p, p, w // p, p
-        )
-        patches = patches.permute(0, 2, 3, 5, 1, 4, 6).reshape(b, t, (h // p) * (w // p), c * p * p)
-        weight = self.proj.weight
-        return F.linear(patches.to(weight.dtype), weight.flatten(1), self.proj.bias)
+        """(b, 3, t, h, w) -> (b, t, patches, c), patches row by row."""
+        weight, bias = self.proj.weight, self.proj.bias
+        p = weight.shape[-1]
+        patches = video.unfold(3, p, p).unfold(4, p, p)  # (b, 3, t, h/p, w/p, p, p)
+        patches = patches.permute(0, 2, 3, 4, 1, 5, 6).flatten(4).flatten(2, 3)
+        return F.linear(patches.to(weight.dtype), weight.flatten(1), bias)
 
 
-def temporal_position(frame: Tensor, dim: int) -> Tensor:
-    """Sinusoid rows for frame indices of any size: (...) int64 -> (..., dim) fp32, sine and cosine interleaved.
+def temporal_positions(frame: Tensor, channels: int) -> Tensor:
+    """frame: (...) int64 -> (..., c) fp32, channel 2i sin(frame / 10000^(2i/c)), channel 2i + 1 its cos.
 
-    Angles are fp64: in fp32 they are off by 6e-2 at frame one million.  No table, so no last frame.
+    Computed in fp64, where a published table of 8,192 rows was: equal rows below, and no limit above.
+    Not a buffer: `model.bfloat16()` would round it and `to_empty` would lose it.
     """
-    exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=frame.device) / dim
-    angles = frame.to(torch.float64).unsqueeze(-1) * torch.exp(-math.log(10000.0) * exponent)
-    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2).to(torch.float32)
+    i = torch.arange(channels // 2, dtype=torch.float64, device=frame.device)
+    angle = frame.double().unsqueeze(-1) / 10000 ** (2 * i / channels)
+    return torch.stack((angle.sin(), angle.cos()), -1).flatten(-2).float()
 
 
-def resize_positions(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int], with_cls: bool) -> Tensor:
-    """Learned positions (1, cls + patches, c) of one grid for another one: bicubic, the class token's row kept."""
+def resize_positions(pos: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Spatial positions (1, extra + old patches, c) for another grid, bicubic; the extra rows (cls) stay."""
     if tuple(old) == tuple(new):
-        return pos_embed
-    cls, grid = pos_embed[:, :with_cls], pos_embed[:, with_cls:]
-    grid = grid.reshape(1, *old, -1).permute(0, 3, 1, 2).float()
-    grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False, antialias=True)
-    grid = grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)
-    return torch.cat((cls, grid), dim=1)
+        return pos
+    patches = old[0] * old[1]
+    extra, grid = pos.split((pos.shape[1] - patches, patches), dim=1)
+    image = grid.float().unflatten(1, old).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=new, mode="bicubic", align_corners=False)
+    return torch.cat((extra, image.flatten(2).mT.to(pos.dtype)), dim=1)
 
 
-def drop_path_scale(x: Tensor, rate: float) -> Tensor:
-    """Stochastic depth as a factor for each row of x (rows, n, c): 0 with probability `rate`, else 1 / (1 - rate)."""
-    keep = torch.full((x.shape[0],), 1.0 - rate, dtype=torch.float32, device=x.device)
-    return torch.bernoulli(keep) / (1.0 - rate)
+class RMSNorm(nn.Module):
+    """residual + row_scale * hidden, and its RMS norm."""
+
+    def __init__(self, channels: int, backend: str):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.backend = backend
+
+    def forward(
+        self, hidden: Tensor, residual: Tensor | None, row_scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """-> the norm in hidden's dtype, the new residual in fp32, also under autocast."""
+        return add_rms_norm(hidden, self.weight, residual, row_scale=row_scale, eps=NORM_EPS, backend=self.backend)
+
+
+class DropPath(nn.Module):
+    """Drops whole rows in training: the factors that the norm applies to what it adds."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, rows: Tensor) -> Tensor | None:
+        """rows: (rows, ...) -> (rows,) of 0 or 1 / (1 - rate); None where nothing is dropped."""
+        if not self.training or self.rate == 0:
+            return None
+        keep = 1 - self.rate
+        return torch.rand(rows.shape[0], device=rows.device).lt(keep).float() / keep
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:g}"
+
+
+class SpatialBlock(nn.Module):
+    """Each frame on its own, its tokens read both ways."""
+
+    def __init__(self, mixer: BidirectionalMixer, channels: int, drop_path: float, backend: str):
+        super().__init__()
+        self.norm = RMSNorm(channels, backend)
+        self.drop_path = DropPath(drop_path)
+        self.mixer = mixer
+
+    def forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """hidden, residual: (b, t, n, c) -> the same; `hidden` is what the next norm adds to the residual."""
+        frames = hidden.flatten(0, 1)
+        residual = None if residual is None else residual.flatten(0, 1)
+        normed, residual = self.norm(frames, residual, self.drop_path(frames))
+        return self.mixer(normed).view_as(hidden), residual.view_as(hidden)
+
+
+class TemporalBlock(nn.Module):
+    """The whole clip as one sequence, frame by frame, read forwards; a state carries it on."""
+
+    def __init__(self, mixer: CausalMixer, channels: int, drop_path: float, backend: str):
+        super().__init__()
+        self.norm = RMSNorm(channels, backend)
+        self.drop_path = DropPath(drop_path)
+        self.mixer = mixer
+
+    def add_norm(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        clips = hidden.flatten(1, 2)
+        residual = None if residual is None else residual.flatten(1, 2)
+        normed, residual = self.norm(clips, residual, self.drop_path(clips))
+        return normed, residual.view_as(hidden)
+
+    def forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        normed, residual = self.add_norm(hidden, residual)
+        return self.mixer(normed).view_as(hidden), residual
+
+    def step(
+        self, hidden: Tensor, residual: Tensor | None, conv_state: Tensor, ssm_state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`forward` that starts from a state and returns the next one: conv (b, w - 1, d), ssm (b, d, n)."""
+        normed, residual = self.add_norm(hidden, residual)
+        mixed, conv_state, ssm_state = self.mixer.step(normed, conv_state, ssm_state)
+        return mixed.view_as(hidden), residual, conv_state, ssm_state
+
+    def step_(
+        self, hidden: Tensor, residual: Tensor | None, conv_state: Tensor, ssm_state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`step` in place: the two states are overwritten.  No gradient."""
+        normed, residual = self.add_norm(hidden, residual)
+        return self.mixer.step_(normed, conv_state, ssm_state).view_as(hidden), residual

@@ -1,4 +1,7 @@
-"""The Mamba mixer: two projections around one op.  Published names of parameters, `_b` for the second direction."""
+"""The Mamba mixers: two projections around one op.
+
+Letters: b sequences, l tokens, c channels, d inner channels, n state size, r dt rank, w conv width.
+"""
 
 from __future__ import annotations
 
@@ -7,69 +10,99 @@ import math
 import torch
 from torch import Tensor, nn
 
-from endomamba.ops import frame_step, mixer_inner
-
-from .config import EndoMambaConfig
+from ..ops import frame_step, mixer_inner
 
 
-class Mixer(nn.Module):
-    """(b, l, c) -> (b, l, c); bidirectional over the tokens of a frame, or causal over a stream with carried states."""
+class CausalMixer(nn.Module):
+    """out_proj(scan(conv(in_proj(u)))), forwards; may start from a state."""
 
-    def __init__(self, config: EndoMambaConfig, bidirectional: bool) -> None:
+    def __init__(self, channels: int, d: int, n: int, r: int, w: int, backend: str = "auto"):
         super().__init__()
-        c, d, n, r, w = config.embed_dim, config.d_inner, config.d_state, config.dt_rank, config.d_conv
-        self.bidirectional = bidirectional
-        self.backend, self.plan = config.backend, config.plan
-        self.in_proj = nn.Linear(c, 2 * d, bias=False)
-        for side in ("", "_b") if bidirectional else ("",):
-            setattr(self, f"conv1d{side}", nn.Conv1d(d, d, w, groups=d, padding=w - 1))
-            setattr(self, f"x_proj{side}", nn.Linear(d, r + 2 * n, bias=False))
-            setattr(self, f"dt_proj{side}", nn.Linear(r, d))
-            A_log = torch.log(torch.arange(1, n + 1, dtype=torch.float32)).repeat(d, 1)
-            setattr(self, "A_b_log" if side else "A_log", nn.Parameter(A_log))
-            setattr(self, f"D{side}", nn.Parameter(torch.ones(d)))
-        self.out_proj = nn.Linear(d, c, bias=False)
+        self.backend = backend
+        self.in_proj = nn.Linear(channels, 2 * d, bias=False)
+        self.conv1d = nn.Conv1d(d, d, w, groups=d)  # holds weight (d, 1, w) and bias (d,)
+        self.x_proj = nn.Linear(d, r + 2 * n, bias=False)
+        self.dt_proj = nn.Linear(r, d)
+        self.A_log = nn.Parameter(initial_A_log(d, n))
+        self.D = nn.Parameter(torch.ones(d))
+        self.out_proj = nn.Linear(d, channels, bias=False)
 
-    def _side(self, side: str) -> tuple[Tensor, ...]:
-        """One direction's parameters in the order of mixer_inner; A = -exp(A_log) in fp32."""
-        conv, x_proj = getattr(self, f"conv1d{side}"), getattr(self, f"x_proj{side}")
-        dt_proj, A_log = getattr(self, f"dt_proj{side}"), getattr(self, "A_b_log" if side else "A_log")
-        A = -torch.exp(A_log.float() if A_log.dtype != torch.float64 else A_log)
-        return conv.weight.squeeze(1), conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, A, getattr(self, f"D{side}")
+    def parameters_forward(self) -> tuple[Tensor, ...]:
+        """In the order of the op: conv weight and bias, x_proj, dt_proj weight and bias, A, D."""
+        return _direction(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Without states: a frame both ways, or a whole stream from its start."""
-        sides = (*self._side(""), *self._side("_b")) if self.bidirectional else self._side("")
-        y, _, _ = mixer_inner(self.in_proj(x), *sides, plan=self.plan, backend=self.backend)
+    def forward(self, u: Tensor) -> Tensor:
+        """u: (b, l, c) -> (b, l, c)."""
+        y, _, _ = mixer_inner(self.in_proj(u), *self.parameters_forward(), backend=self.backend)
         return self.out_proj(y)
 
-    def step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The next tokens of a stream -> y and the new conv (b, w-1, d) and ssm (b, d, n) states; differentiable."""
+    def step(self, u: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> (b, l, c), conv state (b, w - 1, d) and ssm state (b, d, n) after the last token, all differentiable."""
         y, conv_state, ssm_state = mixer_inner(
-            self.in_proj(x), *self._side(""), initial_conv_state=conv_state, initial_ssm_state=ssm_state,
-            return_final_state=True, plan=self.plan, backend=self.backend,
-        )  # fmt: skip
+            self.in_proj(u),
+            *self.parameters_forward(),
+            initial_conv_state=conv_state,
+            initial_ssm_state=ssm_state,
+            return_final_state=True,
+            backend=self.backend,
+        )
         return self.out_proj(y), conv_state, ssm_state
 
-    def step_(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
-        """`step` with the states overwritten; inference only."""
-        return self.out_proj(frame_step(self.in_proj(x), conv_state, ssm_state, *self._side(""), backend=self.backend))
-
-    def reset_dt(self, config: EndoMambaConfig) -> None:
-        """Mamba's own dt init: dt log-uniform in [dt_min, dt_max], its inverse softplus as bias (Mamba, section 3.6)."""
-        for side in ("", "_b") if self.bidirectional else ("",):
-            dt_proj = getattr(self, f"dt_proj{side}")
-            nn.init.uniform_(dt_proj.weight, -(config.dt_rank**-0.5), config.dt_rank**-0.5)
-            low, high = math.log(config.dt_min), math.log(config.dt_max)
-            dt = torch.exp(torch.rand_like(dt_proj.bias) * (high - low) + low)
-            with torch.no_grad():
-                dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+    def step_(self, u: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
+        """`step` that overwrites both states; inference only."""
+        y = frame_step(self.in_proj(u), conv_state, ssm_state, *self.parameters_forward(), backend=self.backend)
+        return self.out_proj(y)
 
 
-def init_out_proj(linear: nn.Linear, depth: int) -> None:
-    """Residual branches start smaller the deeper the model (published init)."""
-    nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
-    with torch.no_grad():
-        linear.weight /= math.sqrt(depth)
+class BidirectionalMixer(nn.Module):
+    """out_proj(scan(conv(in_proj(u))) + reversed scan_b(conv_b(in_proj(u)))): the sum of both ways, not its half."""
+
+    def __init__(self, channels: int, d: int, n: int, r: int, w: int, backend: str = "auto"):
+        super().__init__()
+        self.backend = backend
+        self.in_proj = nn.Linear(channels, 2 * d, bias=False)
+        self.conv1d = nn.Conv1d(d, d, w, groups=d)
+        self.x_proj = nn.Linear(d, r + 2 * n, bias=False)
+        self.dt_proj = nn.Linear(r, d)
+        self.A_log = nn.Parameter(initial_A_log(d, n))
+        self.D = nn.Parameter(torch.ones(d))
+        self.conv1d_b = nn.Conv1d(d, d, w, groups=d)
+        self.x_proj_b = nn.Linear(d, r + 2 * n, bias=False)
+        self.dt_proj_b = nn.Linear(r, d)
+        self.A_b_log = nn.Parameter(initial_A_log(d, n))
+        self.D_b = nn.Parameter(torch.ones(d))
+        self.out_proj = nn.Linear(d, channels, bias=False)
+
+    def parameters_forward(self) -> tuple[Tensor, ...]:
+        return _direction(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
+
+    def parameters_backward(self) -> tuple[Tensor, ...]:
+        return _direction(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """u: (b, l, c) -> (b, l, c)."""
+        directions = (*self.parameters_forward(), *self.parameters_backward())
+        y, _, _ = mixer_inner(self.in_proj(u), *directions, backend=self.backend)
+        return self.out_proj(y)
 
 
+def _direction(
+    conv1d: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor
+) -> tuple[Tensor, ...]:
+    wide = torch.float64 if A_log.dtype == torch.float64 else torch.float32
+    A = -torch.exp(A_log.to(wide))
+    return conv1d.weight.squeeze(1), conv1d.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, A, D
+
+
+def initial_A_log(d: int, n: int) -> Tensor:
+    """log(1 .. n) for every channel."""
+    return torch.arange(1, n + 1, dtype=torch.float32).log().repeat(d, 1)
+
+
+@torch.no_grad()
+def init_dt(dt_proj: nn.Linear, dt_min: float, dt_max: float) -> None:
+    """Mamba's own start of dt: log-uniform in [dt_min, dt_max] over the channels, with weights +- r^-0.5."""
+    nn.init.uniform_(dt_proj.weight, -(dt_proj.in_features**-0.5), dt_proj.in_features**-0.5)
+    low, high = math.log(dt_min), math.log(dt_max)
+    dt = torch.exp(torch.rand_like(dt_proj.bias) * (high - low) + low)
+    dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus

@@ -1,26 +1,32 @@
-"""The state of one or more streams: an object the caller holds, and checks before it is used."""
+"""What a stream carries from frame to frame.  The caller holds it; the model holds nothing.
+
+Letters: b streams, layers temporal layers, w conv width, d inner channels, n state size.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
-from pathlib import Path
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils import _pytree
 
-from .config import EndoMambaConfig
+FORMAT = "endomamba.StreamState"
+TENSORS = ("conv", "ssm", "frame")
+
+Rows = int | Sequence[int] | Tensor
 
 
-class StateError(ValueError):
-    """A state that does not fit the call: one sentence, nothing was changed."""
-
-
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class StreamState:
-    """conv: (layers, b, w-1, d) fp32, newest token last  ssm: (layers, b, d, n) fp32  frame: (b,) int64, frames seen
+    """conv: (layers, b, w - 1, d), newest last  ssm: (layers, b, d, n)  frame: (b,) int64, frames seen so far.
 
-    Layers are the temporal blocks.  `model` is the fingerprint of the models it belongs to.
+    Both states are fp32 whatever the model's dtype (fp64 for an fp64 model).  `model` is the fingerprint of the config it
+    belongs to; another model refuses it.  Row i of every tensor is stream i, and rows may be at different frames.
     """
 
     conv: Tensor
@@ -28,91 +34,136 @@ class StreamState:
     frame: Tensor
     model: str
 
-    @classmethod
-    def zeros(cls, config: EndoMambaConfig, batch_size: int, device: torch.device, dtype=torch.float32) -> StreamState:
-        if batch_size < 1:
-            raise StateError(f"init_state: batch_size must be at least 1, got {batch_size}")
-        layers, d = config.temporal_layers, config.d_inner
-        return cls(
-            torch.zeros(layers, batch_size, config.d_conv - 1, d, dtype=dtype, device=device),
-            torch.zeros(layers, batch_size, d, config.d_state, dtype=dtype, device=device),
-            torch.zeros(batch_size, dtype=torch.int64, device=device),
-            config.fingerprint(),
-        )
-
     @property
     def batch_size(self) -> int:
         return self.frame.shape[0]
 
     @property
+    def device(self) -> torch.device:
+        return self.ssm.device
+
+    @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.conv, self.ssm, self.frame))
-
-    def check(self, model: str, batch_size: int, device: torch.device) -> None:
-        """Raises StateError unless this is a state of such a model, for such a batch, on that device."""
-        if self.model != model:
-            raise StateError(f"step: the state belongs to model {self.model}, this model is {model}; use model.init_state")
-        if self.batch_size != batch_size:
-            raise StateError(f"step: the state is for {self.batch_size} stream(s), the frames for {batch_size}")
-        for name in ("conv", "ssm", "frame"):
-            got = getattr(self, name).device
-            if got != device:
-                raise StateError(f"step: the model is on {device} and the state's {name} on {got}; use state.to(device)")
-        for name in ("conv", "ssm"):
-            if getattr(self, name).dtype not in (torch.float32, torch.float64):
-                raise StateError(f"step: the state's {name} must be float32, got {getattr(self, name).dtype}")
-
-    def _map(self, f) -> StreamState:
-        return dataclasses.replace(self, conv=f(self.conv), ssm=f(self.ssm), frame=f(self.frame))
+        return sum(getattr(self, name).numel() * getattr(self, name).element_size() for name in TENSORS)
 
     def clone(self) -> StreamState:
-        return self._map(torch.clone)
+        """A snapshot: `step_` on one leaves the other as it was."""
+        return self._with(self.conv.clone(), self.ssm.clone(), self.frame.clone())
 
     def detach(self) -> StreamState:
-        """Cuts the gradient: the end of a truncated back-propagation window."""
-        return self._map(Tensor.detach)
+        """Shares memory; gradients stop here (truncated back-propagation through time)."""
+        return self._with(self.conv.detach(), self.ssm.detach(), self.frame)
 
     def to(self, device: torch.device | str) -> StreamState:
-        return self._map(lambda t: t.to(device))
+        return self._with(self.conv.to(device), self.ssm.to(device), self.frame.to(device))
 
-    def rows(self, index: int | slice | list[int] | Tensor) -> StreamState:
-        """The states of some streams, copied."""
-        index = [index] if isinstance(index, int) else index
-        pick = torch.arange(self.batch_size, device=self.frame.device)[index]
-        return dataclasses.replace(self, conv=self.conv[:, pick], ssm=self.ssm[:, pick], frame=self.frame[pick])
+    def select(self, rows: Rows) -> StreamState:
+        """The streams `rows`, in that order; a row may come twice."""
+        index = self._index(rows)
+        return self._with(self.conv.index_select(1, index), self.ssm.index_select(1, index), self.frame[index])
 
-    def reset(self, rows: list[int] | Tensor | None = None) -> StreamState:
-        """A new state in which the given streams (None: all) start again at frame 0; the others go on."""
-        keep = torch.ones(self.batch_size, dtype=torch.bool, device=self.frame.device)
-        keep[slice(None) if rows is None else rows] = False
-        select = keep.view(1, -1, 1, 1)
-        return dataclasses.replace(
-            self, conv=torch.where(select, self.conv, 0.0), ssm=torch.where(select, self.ssm, 0.0),
-            frame=torch.where(keep, self.frame, 0),
-        )  # fmt: skip
+    def reset(self, rows: Rows | None = None) -> StreamState:
+        """A state in which the streams `rows` (None: all) start anew, whatever they held, NaN too."""
+        index = self._index(rows)
+        return self._with(
+            self.conv.index_fill(1, index, 0), self.ssm.index_fill(1, index, 0), self.frame.index_fill(0, index, 0)
+        )
 
-    def save(self, path: str | Path) -> None:
-        from safetensors.torch import save_file
+    @torch.no_grad()
+    def reset_(self, rows: Rows | None = None) -> StreamState:
+        """`reset` in place."""
+        index = self._index(rows)
+        self.conv.index_fill_(1, index, 0)
+        self.ssm.index_fill_(1, index, 0)
+        self.frame.index_fill_(0, index, 0)
+        return self
 
-        tensors = {name: getattr(self, name).detach().contiguous() for name in ("conv", "ssm", "frame")}
-        save_file(tensors, str(path), metadata={"model": self.model})
+    @staticmethod
+    def cat(states: Iterable[StreamState]) -> StreamState:
+        """The streams of several states in one batch."""
+        states = list(states)
+        models = sorted({state.model for state in states})
+        if len(models) != 1:
+            raise ValueError(f"StreamState.cat: states must come from one model, got {models or 'none'}")
+        return states[0]._with(
+            torch.cat([s.conv for s in states], 1),
+            torch.cat([s.ssm for s in states], 1),
+            torch.cat([s.frame for s in states]),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file that names the model; whole or not at all."""
+        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in TENSORS}
+        part = f"{os.fspath(path)}.part"
+        save_file(tensors, part, metadata={"format": FORMAT, "version": "1", "model": self.model})
+        os.replace(part, path)
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> StreamState:
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise StateError(f"{path}: no such file")
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> StreamState:
+        path = os.fspath(path)
         try:
-            with safe_open(str(path), framework="pt", device=str(device)) as file:
-                tensors = {name: file.get_tensor(name) for name in ("conv", "ssm", "frame")}
-                model = (file.metadata() or {})["model"]
-        except (SafetensorError, KeyError) as error:
-            raise StateError(f"{path}: not a saved StreamState ({error})") from error
-        return cls(model=model, **tensors)
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"StreamState.load: {path} cannot be read as a safetensors file ({error})") from None
+        if metadata.get("format") != FORMAT or metadata.get("version") != "1" or sorted(tensors) != sorted(TENSORS):
+            raise ValueError(f"StreamState.load: {path} is not a stream state written by this version")
+        state = cls(**tensors, model=metadata.get("model", ""))
+        state._check_itself(path)
+        return state.to(device)
+
+    def check(self, model: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> None:
+        """Refuses what does not belong to this model, batch, device and dtype, in one sentence."""
+        if self.model != model:
+            raise ValueError(f"state belongs to another model: this one is [{model}], the state's is [{self.model}]")
+        for name, shape in shapes.items():
+            tensor = getattr(self, name)
+            if tensor.shape != shape:
+                batch = shapes["frame"][0]
+                if tensor.ndim == len(shape) and self.batch_size != batch:
+                    raise ValueError(f"state holds {self.batch_size} streams, the frames are {batch}")
+                raise ValueError(f"state.{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+            if tensor.device != device:
+                raise ValueError(
+                    f"state.{name} is on {tensor.device}, the model on {device}: call state.to('{device}')"
+                )
+            expected = torch.int64 if name == "frame" else dtype
+            if tensor.dtype != expected:
+                raise ValueError(f"state.{name} must be {expected}, got {tensor.dtype}")
+
+    def _check_itself(self, path: str) -> None:
+        conv, ssm, frame = self.conv, self.ssm, self.frame
+        agree = conv.ndim == ssm.ndim == 4 and frame.ndim == 1
+        agree = agree and conv.shape[:2] == ssm.shape[:2] and conv.shape[3] == ssm.shape[2]
+        if not agree or ssm.shape[1] != frame.shape[0]:
+            shapes = ", ".join(f"{name} {tuple(getattr(self, name).shape)}" for name in TENSORS)
+            raise ValueError(f"StreamState.load: the tensors in {path} do not fit together: {shapes}")
+
+    def _with(self, conv: Tensor, ssm: Tensor, frame: Tensor) -> StreamState:
+        return replace(self, conv=conv, ssm=ssm, frame=frame)
+
+    def _index(self, rows: Rows | None) -> Tensor:
+        """Row numbers as an int64 tensor on the state's device; numbers given on the host are checked."""
+        if rows is None:
+            return torch.arange(self.batch_size, device=self.device)
+        if isinstance(rows, Tensor):
+            if rows.dtype == torch.bool:
+                if rows.shape != (self.batch_size,):
+                    raise ValueError(
+                        f"StreamState: a row mask must have shape ({self.batch_size},), got {tuple(rows.shape)}"
+                    )
+                return rows.to(self.device).nonzero().flatten()
+            return rows.to(self.device, torch.int64).reshape(-1)
+        numbers = [rows] if isinstance(rows, int) else list(rows)
+        for row in numbers:
+            if not -self.batch_size <= row < self.batch_size:
+                raise ValueError(f"StreamState: there is no row {row} among {self.batch_size} streams")
+        return torch.tensor([row % self.batch_size for row in numbers], dtype=torch.int64, device=self.device)
 
 
-torch.utils._pytree.register_pytree_node(
+# torch.compile and torch.export take a state as an argument and return one.
+_pytree.register_pytree_node(
     StreamState,
     lambda state: ([state.conv, state.ssm, state.frame], state.model),
     lambda tensors, model: StreamState(*tensors, model),
