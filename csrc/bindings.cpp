@@ -2,12 +2,42 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
 #include "cpu/view_caster.h"
 
 namespace py = pybind11;
 using namespace endomamba;
+
+namespace {
+
+// Reading cu_seqlens costs nothing on a CPU, and a wrong one would make the kernels walk out of their tensors.
+template <class Args>
+void check_packed(const char* op, const Args& a) {
+  if (!a.cu_seqlens) return;
+  const int64_t* ends = a.cu_seqlens.template at<int64_t>();
+  bool good = ends[0] == 0 && ends[a.b] == a.l;
+  for (int64_t i = 0; i < a.b; ++i) good = good && ends[i] <= ends[i + 1];
+  if (good) return;
+  throw std::invalid_argument(std::string(op) +
+                              ": cu_seqlens must start at 0, never fall and end at l = " + std::to_string(a.l) +
+                              ", got " + std::to_string(ends[0]) + " to " + std::to_string(ends[a.b]));
+}
+
+// A checked kernel of the level in use.
+template <class Args>
+auto kernel(const char* op, void (*Kernels::*run)(const Args&)) {
+  return [op, run](const Args& a) {
+    if constexpr (!std::is_same_v<Args, NormArgs>) check_packed(op, a);
+    (kernels().*run)(a);
+  };
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of endomamba: pointers, sizes and strides only";
@@ -122,10 +152,11 @@ PYBIND11_MODULE(_C, m) {
 #undef FIELD
 
   // One line a kernel.
-  m.def("scan_fwd", [](const ScanArgs& a) { kernels().scan_fwd(a); }, py::call_guard<py::gil_scoped_release>());
-  m.def("scan_bwd", [](const ScanArgs& a) { kernels().scan_bwd(a); }, py::call_guard<py::gil_scoped_release>());
-  m.def("conv_fwd", [](const ConvArgs& a) { kernels().conv_fwd(a); }, py::call_guard<py::gil_scoped_release>());
-  m.def("conv_bwd", [](const ConvArgs& a) { kernels().conv_bwd(a); }, py::call_guard<py::gil_scoped_release>());
-  m.def("norm_fwd", [](const NormArgs& a) { kernels().norm_fwd(a); }, py::call_guard<py::gil_scoped_release>());
-  m.def("norm_bwd", [](const NormArgs& a) { kernels().norm_bwd(a); }, py::call_guard<py::gil_scoped_release>());
+  using Release = py::call_guard<py::gil_scoped_release>;
+  m.def("scan_fwd", kernel("scan", &Kernels::scan_fwd), Release());
+  m.def("scan_bwd", kernel("scan", &Kernels::scan_bwd), Release());
+  m.def("conv_fwd", kernel("causal_conv1d", &Kernels::conv_fwd), Release());
+  m.def("conv_bwd", kernel("causal_conv1d", &Kernels::conv_bwd), Release());
+  m.def("norm_fwd", kernel("add_rms_norm", &Kernels::norm_fwd), Release());
+  m.def("norm_bwd", kernel("add_rms_norm", &Kernels::norm_bwd), Release());
 }

@@ -11,8 +11,6 @@
 #include "causal_conv1d.h"
 
 #include <memory>
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 
 #include "parallel.h"
@@ -301,17 +299,6 @@ void with_instance(const ConvArgs& a, const F& f) {
 
 bool adjacent(const View& view) { return !view || view.s[2] == 1; }
 
-void check_packing(const ConvArgs& a) {
-  if (!a.cu_seqlens) return;
-  const int64_t* ends = a.cu_seqlens.at<int64_t>();
-  bool good = ends[0] == 0 && ends[a.b] == a.l;
-  for (int64_t i = 0; i < a.b; ++i) good = good && ends[i] <= ends[i + 1];
-  if (good) return;
-  throw std::invalid_argument(
-      "causal_conv1d: cu_seqlens must start at 0, never fall and end at l = " + std::to_string(a.l) + ", got " +
-      std::to_string(ends[0]) + " to " + std::to_string(ends[a.b]));
-}
-
 // Below this many elements a second thread costs more than it brings.
 int threads_for(const ConvArgs& a) {
   const int64_t elements = a.l * a.d * (a.cu_seqlens ? 1 : a.b);
@@ -321,7 +308,6 @@ int threads_for(const ConvArgs& a) {
 }  // namespace
 
 void conv_fwd(const ConvArgs& a) {
-  check_packing(a);
   const int64_t blocks = (a.d + kConvBlock - 1) / kConvBlock;
   const bool fast = a.w == 4 && adjacent(a.x) && adjacent(a.dir[0].y) && adjacent(a.dir[1].y);
   with_instance(a, [&](auto element, auto both) {
@@ -342,7 +328,6 @@ void conv_fwd(const ConvArgs& a) {
 }
 
 void conv_bwd(const ConvArgs& a) {
-  check_packing(a);
   const int64_t blocks = (a.d + kConvBlock - 1) / kConvBlock;
   const int64_t spread = (a.b + kConvGroups - 1) / kConvGroups;
   const int64_t group = spread > kConvRowGroup ? spread : kConvRowGroup, groups = (a.b + group - 1) / group;

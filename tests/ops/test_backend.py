@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch._library.custom_ops import CustomOpDef
 
-from endomamba.ops import _backend, _extension, backend_info, explain, selective_scan
+from endomamba.ops import _backend, _extension, backend_info, causal_conv1d, explain, selective_scan
 from endomamba.ops._backend import Backend, choose, register
 
 needs_extension = pytest.mark.skipif(_extension.C is None, reason=_extension.MISSING)
@@ -173,3 +173,15 @@ def test_without_the_extension_the_reference_runs_and_says_so():
     told = json.loads(done.stdout)
     assert told["finite"] and told["why"] and "endomamba._C" in told["why"][0]
     assert done.stderr.count("runs on the slow PyTorch reference") == 1
+
+
+@needs_extension
+@pytest.mark.parametrize("bounds", [[0, 9, 4, 20], [1, 4, 20], [0, 4, 19], [0, 4, 21]])
+def test_packing_that_leaves_the_tensor_is_refused(bounds):
+    """cu_seqlens is read by the CPU kernels before they trust it, in the scan and in the convolution."""
+    x, dt, A, B, C = scan_inputs(l=20)
+    cu = torch.tensor(bounds, dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seqlens must start at 0, never fall and end at l = 20"):
+        selective_scan(x, dt, A, B, C, cu_seqlens=cu, max_seqlen=20, backend="cpu")
+    with pytest.raises(ValueError, match="cu_seqlens must start at 0, never fall and end at l = 20"):
+        causal_conv1d(x, torch.ones(40, 4), cu_seqlens=cu, max_seqlen=20, backend="cpu")
