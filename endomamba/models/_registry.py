@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
+
+Build = TypeVar("Build", bound=Callable[..., nn.Module])
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {}
 
 
-def register_model(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+def register_model(build: Build) -> Build:
     """Decorator: `create_model(build.__name__, **options)` calls `build(**options)`."""
     name = build.__name__
     if name in _MODELS:

@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
+from .endomamba import EndoMamba
 from .layers import resize_positions
 
 # Where a training script put the weights, and the prefixes that wrappers put before each name.
@@ -61,7 +62,7 @@ class LoadReport:
 
 
 def load_checkpoint(
-    model: nn.Module,
+    model: EndoMamba,
     path: str | os.PathLike[str],
     *,
     strict: bool = True,
@@ -105,7 +106,7 @@ def load_checkpoint(
     mismatched = {name: _mismatch(weights[name], target[name]) for name in shared}
     mismatched = {name: why for name, why in mismatched.items() if why}
     if strict:
-        optional = NOT_PRETRAINED if pretrained else ()
+        optional: tuple[str, ...] = NOT_PRETRAINED if pretrained else ()
         optional += ("head.",) if drop_head else ()
         _check_strict(path, mismatched, [n for n in missing if not n.startswith(optional)], unexpected)
     skipped.update(mismatched)
@@ -219,7 +220,7 @@ def _unwrap(path: str, content: Any) -> tuple[dict[str, Tensor], str]:
 
 
 def _strip(path: str, source: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str], list[str] | None]:
-    """Takes the prefixes off.  -> weights, {name in the file: name in the model}, what stood beside `encoder.` or None."""
+    """Takes prefixes off.  -> weights, {name in the file: name in the model}, what stood beside `encoder.` or None."""
     weights, prefix = dict(source), ""
     for wrapper in WRAPPERS:
         if all(name.startswith(wrapper) for name in weights):
@@ -239,7 +240,7 @@ def _strip(path: str, source: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
 
 def _fit_positions(
     path: str,
-    model: nn.Module,
+    model: EndoMamba,
     weights: dict[str, Tensor],
     remapped: dict[str, str],
     skipped: dict[str, str],

@@ -85,9 +85,14 @@ class EndoMambaConfig:
             raise ValueError(f"EndoMambaConfig: needs 0 < dt_min <= dt_max, got {self.dt_min} and {self.dt_max}")
 
     @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of a frame in pixels."""
+        return (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Patches down and across."""
-        height, width = self.img_size
+        height, width = self.size
         return height // self.patch_size, width // self.patch_size
 
     @property
@@ -114,7 +119,7 @@ class EndoMambaConfig:
     @property
     def fingerprint(self) -> str:
         """Two models that share it can read each other's stream states.  Weights are not part of it."""
-        height, width = self.img_size
+        height, width = self.size
         size = "any size" if self.dynamic_img_size else f"{height}x{width}"
         return (
             f"endomamba {size} patch {self.patch_size} dim {self.embed_dim} depth {self.spatial_layers}+"

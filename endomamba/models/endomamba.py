@@ -5,10 +5,10 @@ Letters: b clips or streams, t frames, n tokens of a frame (cls first), c channe
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,12 +16,12 @@ from ._registry import register_model
 from .config import EndoMambaConfig
 from .heads import ClassificationHead, build_head
 from .layers import PatchEmbed, RMSNorm, SpatialBlock, TemporalBlock, resize_positions, temporal_positions
-from .mixer import BidirectionalMixer, CausalMixer, init_dt
+from .mixer import BidirectionalMixer, CausalMixer
 from .state import StreamState
 
 
 class EndoMamba(nn.Module):
-    """`model(video)` reads a clip at once; `init_state` and `step` read it in pieces of any length, with the same result.
+    """`model(video)` reads a clip at once; `init_state` and `step` read it in pieces of any length, to the same result.
 
     No method but `load_state_dict` and its kin changes the model, so threads may share it, each with its own state.
     """
@@ -58,14 +58,15 @@ class EndoMamba(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for block in self.layers:
-            nn.init.kaiming_uniform_(block.mixer.out_proj.weight, a=5**0.5)
-            with torch.no_grad():
-                block.mixer.out_proj.weight /= self.config.depth**0.5
+        for module in self.modules():
+            if isinstance(module, (BidirectionalMixer, CausalMixer)):
+                nn.init.kaiming_uniform_(module.out_proj.weight, a=5**0.5)
+                with torch.no_grad():
+                    module.out_proj.weight /= self.config.depth**0.5
         if self.config.dt_init == "mamba":
-            for name, module in self.named_modules():
-                if name.endswith((".dt_proj", ".dt_proj_b")):
-                    init_dt(module, self.config.dt_min, self.config.dt_max)
+            for module in self.modules():
+                if isinstance(module, (BidirectionalMixer, CausalMixer)):
+                    module.init_dt(self.config.dt_min, self.config.dt_max)
 
     # ---- a clip at once
 
@@ -133,17 +134,18 @@ class EndoMamba(nn.Module):
         self._check_video(frames)
         self._check_state(frames, state)
         hidden, residual = self._embed(frames, self._frame_numbers(frames, state)), None
-        for block in self.layers[: self.config.spatial_layers]:
-            hidden, residual = self._run(block, hidden, residual)
-        conv, ssm = [], []
-        for i, block in enumerate(self.layers[self.config.spatial_layers :]):
-            hidden, residual, *after = self._run(block.step, hidden, residual, state.conv[i], state.ssm[i])
-            conv.append(after[0])
-            ssm.append(after[1])
+        for spatial in self.spatial_blocks:
+            hidden, residual = self._run(spatial, hidden, residual)
+        conv, ssm = [*state.conv], [*state.ssm]
+        for i, temporal in enumerate(self.temporal_blocks):
+            hidden, residual, conv[i], ssm[i] = self._run(temporal.step, hidden, residual, conv[i], ssm[i])
         features, _ = self.norm_f(hidden, residual)
-        if not conv:
-            return features, StreamState(state.conv, state.ssm, state.frame + frames.shape[2], state.model)
-        after = StreamState(torch.stack(conv), torch.stack(ssm), state.frame + frames.shape[2], state.model)
+        after = replace(
+            state,
+            conv=torch.stack(conv) if conv else state.conv,
+            ssm=torch.stack(ssm) if ssm else state.ssm,
+            frame=state.frame + frames.shape[2],
+        )
         return features, after
 
     def step_(self, frames: Tensor, state: StreamState) -> Tensor:
@@ -159,18 +161,26 @@ class EndoMamba(nn.Module):
         self._check_video(frames)
         self._check_state(frames, state)
         hidden, residual = self._embed(frames, self._frame_numbers(frames, state)), None
-        for block in self.layers[: self.config.spatial_layers]:
-            hidden, residual = block(hidden, residual)
-        for i, block in enumerate(self.layers[self.config.spatial_layers :]):
-            hidden, residual = block.step_(hidden, residual, state.conv[i], state.ssm[i])
+        for spatial in self.spatial_blocks:
+            hidden, residual = spatial(hidden, residual)
+        for i, temporal in enumerate(self.temporal_blocks):
+            hidden, residual = temporal.step_(hidden, residual, state.conv[i], state.ssm[i])
         state.frame.add_(frames.shape[2])
         features, _ = self.norm_f(hidden, residual)
         return self.head(features)
 
     # ---- shared
 
+    @property
+    def spatial_blocks(self) -> list[SpatialBlock]:
+        return [block for block in self.layers if isinstance(block, SpatialBlock)]
+
+    @property
+    def temporal_blocks(self) -> list[TemporalBlock]:
+        return [block for block in self.layers if isinstance(block, TemporalBlock)]
+
     def _embed(self, video: Tensor, frame: Tensor) -> Tensor:
-        """video (b, 3, t, h, w), frame numbers (t,) or (b, t) -> tokens (b, t, n, c): patches plus positions, cls first.
+        """video (b, 3, t, h, w), frame numbers (t,) or (b, t) -> tokens (b, t, n, c): cls, patches, with positions.
 
         The temporal position is added to the patches, never to cls.
         """
@@ -212,7 +222,7 @@ class EndoMamba(nn.Module):
             raise ValueError(f"EndoMamba: {error}") from None
 
     def _check_video(self, video: Tensor) -> None:
-        config, (height, width) = self.config, self.config.img_size
+        config, (height, width) = self.config, self.config.size
         size = "h, w" if config.dynamic_img_size else f"{height}, {width}"
         expected = f"video must be (b, {config.in_channels}, t, {size}) with t >= 1"
         if video.ndim != 5 or video.shape[1] != config.in_channels or video.shape[2] < 1:

@@ -1,7 +1,7 @@
 """From the tokens of every frame to logits.
 
-Letters: b clips, t frames, n tokens of a frame (cls first), c channels, k classes.  Each head is a Linear itself, so its
-weights have the published names, head.weight and head.bias.
+Letters: b clips, t frames, n tokens of a frame (cls first), c channels, k classes.  Each head is a Linear itself, so
+its weights have the published names, head.weight and head.bias.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class PhaseHead(nn.Linear):
 class ClassificationHead(PhaseHead):
     """PolypDiag classification: one Linear on the mean of the frames' cls tokens.
 
-    `forward` gives every frame's logits as the other heads do, so a stream has an answer at every frame; their mean over
-    the frames is `clip`, as the Linear and the mean commute.
+    `forward` gives every frame's logits as the other heads do, so a stream has an answer at every frame; their mean
+    over the frames is `clip`, as the Linear and the mean commute.
     """
 
     def __init__(self, channels: int, classes: int):

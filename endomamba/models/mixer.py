@@ -6,6 +6,7 @@ Letters: b sequences, l tokens, c channels, d inner channels, n state size, r dt
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +28,12 @@ class CausalMixer(nn.Module):
         self.D = nn.Parameter(torch.ones(d))
         self.out_proj = nn.Linear(d, channels, bias=False)
 
-    def parameters_forward(self) -> tuple[Tensor, ...]:
+    def parameters_forward(self) -> tuple[Any, ...]:
         """In the order of the op: conv weight and bias, x_proj, dt_proj weight and bias, A, D."""
         return _direction(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
+
+    def init_dt(self, dt_min: float, dt_max: float) -> None:
+        _init_dt(self.dt_proj, dt_min, dt_max)
 
     def forward(self, u: Tensor) -> Tensor:
         """u: (b, l, c) -> (b, l, c)."""
@@ -38,7 +42,7 @@ class CausalMixer(nn.Module):
 
     def step(self, u: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """-> (b, l, c), conv state (b, w - 1, d) and ssm state (b, d, n) after the last token, all differentiable."""
-        y, conv_state, ssm_state = mixer_inner(
+        y, *after = mixer_inner(
             self.in_proj(u),
             *self.parameters_forward(),
             initial_conv_state=conv_state,
@@ -46,7 +50,7 @@ class CausalMixer(nn.Module):
             return_final_state=True,
             backend=self.backend,
         )
-        return self.out_proj(y), conv_state, ssm_state
+        return self.out_proj(y), *after
 
     def step_(self, u: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
         """`step` that overwrites both states; inference only."""
@@ -73,11 +77,15 @@ class BidirectionalMixer(nn.Module):
         self.D_b = nn.Parameter(torch.ones(d))
         self.out_proj = nn.Linear(d, channels, bias=False)
 
-    def parameters_forward(self) -> tuple[Tensor, ...]:
+    def parameters_forward(self) -> tuple[Any, ...]:
         return _direction(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
 
-    def parameters_backward(self) -> tuple[Tensor, ...]:
+    def parameters_backward(self) -> tuple[Any, ...]:
         return _direction(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
+
+    def init_dt(self, dt_min: float, dt_max: float) -> None:
+        _init_dt(self.dt_proj, dt_min, dt_max)
+        _init_dt(self.dt_proj_b, dt_min, dt_max)
 
     def forward(self, u: Tensor) -> Tensor:
         """u: (b, l, c) -> (b, l, c)."""
@@ -86,9 +94,7 @@ class BidirectionalMixer(nn.Module):
         return self.out_proj(y)
 
 
-def _direction(
-    conv1d: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor
-) -> tuple[Tensor, ...]:
+def _direction(conv1d: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor) -> tuple[Any, ...]:
     wide = torch.float64 if A_log.dtype == torch.float64 else torch.float32
     A = -torch.exp(A_log.to(wide))
     return conv1d.weight.squeeze(1), conv1d.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, A, D
@@ -100,7 +106,7 @@ def initial_A_log(d: int, n: int) -> Tensor:
 
 
 @torch.no_grad()
-def init_dt(dt_proj: nn.Linear, dt_min: float, dt_max: float) -> None:
+def _init_dt(dt_proj: nn.Linear, dt_min: float, dt_max: float) -> None:
     """Mamba's own start of dt: log-uniform in [dt_min, dt_max] over the channels, with weights +- r^-0.5."""
     nn.init.uniform_(dt_proj.weight, -(dt_proj.in_features**-0.5), dt_proj.in_features**-0.5)
     low, high = math.log(dt_min), math.log(dt_max)

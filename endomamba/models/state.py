@@ -25,8 +25,8 @@ Rows = int | Sequence[int] | Tensor
 class StreamState:
     """conv: (layers, b, w - 1, d), newest last  ssm: (layers, b, d, n)  frame: (b,) int64, frames seen so far.
 
-    Both states are fp32 whatever the model's dtype (fp64 for an fp64 model).  `model` is the fingerprint of the config it
-    belongs to; another model refuses it.  Row i of every tensor is stream i, and rows may be at different frames.
+    Both states are fp32 whatever the model's dtype (fp64 for an fp64 model).  `model` is the fingerprint of the config
+    it belongs to; another model refuses it.  Row i of every tensor is stream i; rows may be at different frames.
     """
 
     conv: Tensor
@@ -166,6 +166,10 @@ class StreamState:
 _pytree.register_pytree_node(
     StreamState,
     lambda state: ([state.conv, state.ssm, state.frame], state.model),
-    lambda tensors, model: StreamState(*tensors, model),
+    lambda tensors, model: StreamState(**dict(zip(TENSORS, tensors)), model=model),
     serialized_type_name="endomamba.models.StreamState",
+    flatten_with_keys_fn=lambda state: (
+        [(_pytree.GetAttrKey(name), getattr(state, name)) for name in TENSORS],
+        state.model,
+    ),
 )

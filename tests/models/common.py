@@ -1,0 +1,53 @@
+"""What the tests of the models share: tiny networks whose state matters, and videos for them."""
+
+import torch
+from torch import Tensor
+
+from endomamba.models import EndoMamba, StreamState, create_model
+from endomamba.ops import backend_info
+
+BACKENDS = [name for name in ("cpu", "reference") if not backend_info()["mixer_inner"][name]]
+TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 4, "num_classes": 3}
+
+
+def awake(model: EndoMamba, seed: int = 0) -> EndoMamba:
+    """Matrices at the scale of their width: with the published 0.02 a network this narrow hardly looks at its input.
+
+    The dt projections stay as `dt_init` made them.
+    """
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("in_proj.weight", "x_proj.weight", "x_proj_b.weight", "out_proj.weight", "head.weight")):
+                p.copy_(torch.randn(p.shape, generator=g) / p.shape[1] ** 0.5)
+    return model.eval()
+
+
+def long_memory(**options) -> EndoMamba:
+    """A tiny model with dt in [1e-4, 1e-1], so that what one frame leaves in the state is read many frames later."""
+    torch.manual_seed(0)
+    options = {**TINY, "dt_init": "mamba", "dt_min": 1e-4, "dt_max": 1e-1, **options}
+    return awake(create_model("endomamba", **options))
+
+
+def make_video(model: EndoMamba, b: int = 1, t: int = 4, seed: int = 1) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(b, model.config.in_channels, t, *model.config.size, generator=g)
+
+
+@torch.no_grad()
+def assert_state_matters(model: EndoMamba, frames: Tensor, state: StreamState, tolerance: float) -> None:
+    """Without this a streaming test proves nothing: forgetting either state must show far above the tolerance."""
+    truth, _ = model.step(frames, state)
+    for name in ("conv", "ssm"):
+        forgetful = state.clone()
+        getattr(forgetful, name).zero_()
+        moved = (model.step(frames, forgetful)[0] - truth).abs().max()
+        assert moved > 100 * tolerance, f"zeroing state.{name} moves the output by {moved:.1e} only"
+
+
+def assert_close(name: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert got.shape == expected.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(expected.shape)}"
+    if got.numel():
+        error = (got - expected).abs().max().item()
+        assert error <= tolerance, f"{name}: off by {error:.2e}, the bar is {tolerance:.0e}"  # NaN fails too
