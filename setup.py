@@ -61,8 +61,8 @@ def program(command: list[str]) -> list[str]:
 
 def compiler_command(compiler) -> list[str]:
     command = list(getattr(compiler, "compiler_so_cxx", None) or [])
-    if not command:
-        raise BuildError(f"the kernels need GCC or Clang, this Python builds with {compiler.compiler_type!r}")
+    if not command:  # MSVC, or a setuptools that pyproject.toml would not have taken
+        raise BuildError("the kernels need GCC or Clang, driven by setuptools 77 or newer")
     name = program(command)
     if "CXX" not in os.environ and not shutil.which(name[0]):  # Python's own build compiler is not on this machine
         found = next((other for other in ("c++", "g++", "clang++") if shutil.which(other)), None)
@@ -158,7 +158,12 @@ class BuildKernels(build_ext):
         shared = headers_digest() + f"{name} pybind11 {pybind11.__version__}".encode()
         workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         with ThreadPoolExecutor(max(1, workers)) as pool:
-            built = list(pool.map(lambda job: compile_one(*job, shared), jobs))
+            started = [pool.submit(compile_one, *job, shared) for job in jobs]
+            try:
+                built = [one.result() for one in started]
+            except BuildError:
+                pool.shutdown(cancel_futures=True)  # the first failure is reason enough
+                raise
 
         # Baseline objects come first: of an inline function that several levels emit the linker keeps the first, which
         # every machine can run.
