@@ -108,6 +108,7 @@ def load_checkpoint(
     if strict:
         optional: tuple[str, ...] = NOT_PRETRAINED if pretrained else ()
         optional += ("head.",) if drop_head else ()
+        _check_size(path, weights, target)
         _check_strict(path, mismatched, [n for n in missing if not n.startswith(optional)], unexpected)
     skipped.update(mismatched)
 
@@ -292,6 +293,22 @@ def _check_head(path: str, weights: Mapping[str, Tensor], target: Mapping[str, T
         raise CheckpointError(
             f"{path}: has a head for {classes} classes and this model one for {target['head.weight'].shape[0]}: "
             f"create it with num_classes={classes}, or pass drop_head=True"
+        )
+
+
+def _check_size(path: str, weights: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    """Says in two numbers what would otherwise be a list of every layer."""
+
+    def size(names: Mapping[str, Tensor]) -> tuple[int, int]:
+        layers = {int(found[1]) for found in (re.match(r"layers\.(\d+)\.", name) for name in names) if found}
+        width = names["norm_f.weight"].numel() if "norm_f.weight" in names else 0
+        return width, max(layers, default=-1) + 1
+
+    got, expected = size(weights), size(target)
+    if got != expected:
+        raise CheckpointError(
+            f"{path}: does not fit this model: it is for embed_dim {got[0]}, depth {got[1]}, "
+            f"the model has {expected[0]}, {expected[1]}"
         )
 
 

@@ -70,7 +70,7 @@ def test_golden_in_place(golden, backend):
 
 
 def test_golden_in_fp64(golden):
-    """The reference in fp64 agrees with the fp32 goldens as far as fp32 goes: no backend shares one systematic error."""
+    """The reference in fp64 agrees with the goldens as far as fp32 goes: the back ends share no error."""
     model = golden_model(golden, "reference").double()
     with torch.no_grad():
         assert_close("logits", model(golden_video()).float(), golden["logits"], 5e-7)
