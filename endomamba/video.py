@@ -29,6 +29,11 @@ from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# What the published weights were trained with: all but the PolypDiag classifier use ImageNet's.
+NORMALISATIONS = {
+    "imagenet": {"mean": IMAGENET_MEAN, "std": IMAGENET_STD},
+    "polypdiag": {"mean": (0.45, 0.45, 0.45), "std": (0.225, 0.225, 0.225)},
+}
 
 # DICOM transfer syntaxes whose pixel data is a whole MPEG-2, H.264 or HEVC stream, as endoscopy recorders write it.
 _DICOM_VIDEO = tuple(f"1.2.840.10008.1.2.4.{number}" for number in range(100, 109))
@@ -63,7 +68,7 @@ class VideoInfo:
     frames: int | None
 
     def __str__(self) -> str:
-        fps = f", {self.fps:g} frames/s" if self.fps else ""
+        fps = f", {self.fps:.4g} frames/s" if self.fps else ""
         frames = f", {self.frames} frames" if self.frames else ""
         return f"{self.codec} in {self.container}, {self.width} x {self.height}{fps}{frames}"
 
@@ -242,20 +247,22 @@ class VideoReader:
                 if wait_for_key and not packet.is_keyframe:
                     skipped += 1
                     continue
-            wait_for_key = False
+            if wait_for_key and skipped:
+                self.damage.add(f"{skipped} frames up to the next keyframe, at {clock.describe(packet)}, were left out")
+            wait_for_key, skipped = False, 0
             try:
                 if packet.is_corrupt:
                     raise av.InvalidDataError(0, "incomplete packet")
-                yield from self._convert(packet.decode())
+                yield from self._convert(av, packet.decode())
             except av.FFmpegError as error:
                 where = "at the end" if flush else f"at {clock.describe(packet)}"
                 self.damage.add(f"a packet {where} could not be decoded ({_words(error)})")
                 if flush:
                     break
-                yield from self._drain(av, context)
+                yield from self._drain(av, context, packet.pts)
                 wait_for_key = True
         if skipped:
-            self.damage.add(f"{skipped} frames between damage and the next keyframe were left out")
+            self.damage.add(f"{skipped} frames up to the end were left out, as no keyframe came any more")
         declared = self.info.frames
         if declared and packets < declared:
             self.damage.add(f"the file ends early: it declares {declared} frames and holds {packets}")
@@ -277,14 +284,19 @@ class VideoReader:
                 if not progress:
                     return
 
-    def _drain(self, av: Any, context: Any) -> Iterator[tuple[float | None, Tensor]]:
+    def _drain(self, av: Any, context: Any, bad: int | None) -> Iterator[tuple[float | None, Tensor]]:
+        """What the decoder still holds, but for the frame of the bad packet; then it starts anew."""
         with contextlib.suppress(av.FFmpegError):  # the damage itself was recorded by the caller
-            yield from self._convert(context.decode(None))
+            frames = context.decode(None)
+            yield from self._convert(av, [frame for frame in frames if frame.pts != bad and not frame.is_corrupt])
         context.flush_buffers()
 
-    def _convert(self, frames: list[Any]) -> Iterator[tuple[float | None, Tensor]]:
+    def _convert(self, av: Any, frames: list[Any]) -> Iterator[tuple[float | None, Tensor]]:
+        """A frame that the decoder itself calls corrupt (patched up from its neighbours) counts as a bad packet."""
         base = self._stream.time_base  # frames out of a drained decoder carry no time base of their own
         for frame in frames:
+            if frame.is_corrupt:
+                raise av.InvalidDataError(0, "its frame is corrupt")
             yield float(frame.pts * base) if frame.pts is not None and base else None, self._scaler(frame)
 
 
@@ -426,11 +438,12 @@ class DicomReader(VideoReader):
                 if _lacks_decoder(error):
                     raise VideoError(f"{self.path} cannot be decoded here ({_words(error)})") from error
                 lost += 1
-                if lost <= Damage.KEEP:
-                    self.damage.add(f"frame {here} could not be decoded ({_words(error)})")
+                if lost == 1:
+                    first = f"the first of them frame {here} ({_words(error)})"
+                    self.damage.add("")
+                    place = len(self.damage.notes) - 1
+                self.damage.notes[place] = f"{lost} of {total} frames could not be decoded, {first}"
                 here += 1
-        if lost > Damage.KEEP:
-            self.damage.add(f"{lost} of {total} frames in all could not be decoded")
 
 
 def _encapsulated_stream(pydicom: Any, path: Path) -> bytes:
@@ -504,12 +517,12 @@ def _lacks_decoder(error: Exception) -> bool:
 def _words(error: BaseException) -> str:
     """An error's own words without the path and number that FFmpeg wraps around them."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    for wrapping in (
-        "Unable to decode as exceptions were raised by all available plugins: ",
-        ". Use force=True to force reading.",
-    ):
-        text = text.replace(wrapping, "")
-    return " ".join(text.split())[:200]
+    text = " ".join(text.split()).replace(_PLUGINS, "").split(" <_io.")[0]
+    return text.removesuffix(_FORCE)[:200]
+
+
+_PLUGINS = "Unable to decode as exceptions were raised by all available plugins: "
+_FORCE = ". Use force=True to force reading."
 
 
 def preprocess(

@@ -1,0 +1,510 @@
+"""The command `endomamba`: parses arguments, calls the library, turns errors into one sentence and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import platform
+import re
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .stream import StreamSession
+    from .video import VideoReader
+
+OK, BUG, BAD_INPUT, DAMAGED, VERIFY_FAILED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 3, 4, 130, 141
+
+EXIT_CODES = """exit codes:
+  0    all frames were processed
+  1    an error that should not happen; --debug shows where
+  2    bad usage or bad input, or the output cannot be written
+  3    the video is damaged: what could be decoded was processed and written, the rest is reported
+  4    --verify found that streamed and parallel outputs differ
+  130  Ctrl-C: the lines written so far stay
+  141  whoever read the output went away
+"""
+
+RANDOM_WEIGHTS = (
+    "no --weights: the model is randomly initialised, so labels mean nothing yet.\n"
+    "What can be judged: speed, memory, streamed == parallel, and that the output follows the picture."
+)
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done.  The message is one sentence."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("endomamba: stopped by Ctrl-C", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes standard output once more on its way out; it must not fail a second time.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except Exception as error:
+        if args.debug:
+            raise
+        return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    from .stream import NonFiniteOutput
+    from .video import VideoError
+
+    if isinstance(error, OSError) and error.strerror:
+        text = (
+            f"{error.filename}: {error.strerror}"
+            if error.filename
+            else f"the output cannot be written: {error.strerror}"
+        )
+    else:
+        text = str(error)
+    if isinstance(error, UsageError | VideoError | NonFiniteOutput | OSError | ValueError | NotImplementedError):
+        print(f"endomamba: {text}", file=sys.stderr)
+        return BAD_INPUT
+    print(f"endomamba: {type(error).__name__}: {text}  (a bug; --debug shows where)", file=sys.stderr)
+    return BUG
+
+
+# ---- arguments
+
+
+def build_parser() -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "endomamba", description="Video models with a memory, frame by frame.", formatter_class=form
+    )
+    parser.add_argument("--version", action="version", version=f"endomamba {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="{stream,demo,info}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    stream = commands.add_parser(
+        "stream",
+        parents=[common],
+        formatter_class=form,
+        epilog=EXIT_CODES,
+        help="run a video through a model, frame by frame",
+        description="Runs a video (anything FFmpeg reads, or DICOM) through a model and writes one JSON line a frame.",
+    )
+    stream.add_argument("video", type=Path)
+    stream.add_argument("--model", default="endomamba_tiny", help="default: %(default)s")
+    stream.add_argument("--weights", type=Path, help="a published checkpoint or a safetensors file")
+    stream.add_argument("--num-classes", type=_count, help="default: what the weights have, else no head")
+    stream.add_argument(
+        "--head", default="mean", choices=("mean", "cls", "classification"), help="how a frame is pooled"
+    )
+    stream.add_argument(
+        "--normalise",
+        default="imagenet",
+        choices=("imagenet", "polypdiag"),
+        help="the mean and std the weights were trained with",
+    )
+    stream.add_argument(
+        "--out",
+        metavar="DIR|FILE.jsonl|-",
+        help="a folder, a .jsonl file, or - for standard output; default: VIDEO's name with .predictions.jsonl, here",
+    )
+    stream.add_argument("--overwrite", action="store_true", help="replace predictions that are already there")
+    stream.add_argument("--verify", action="store_true", help="check that streamed == parallel; costs a second pass")
+    stream.add_argument("--max-frames", type=_positive, metavar="N", help="stop after N frames")
+    stream.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    stream.add_argument(
+        "--backend", default="auto", choices=("auto", "triton", "cuda", "cpu", "reference"), help="of the ops"
+    )
+    stream.add_argument("--threads", type=_positive, metavar="N", help="CPU threads; default: torch's choice")
+    stream.add_argument(
+        "--quiet", action="store_true", help="no header, no progress, no summary; errors are still shown"
+    )
+    stream.set_defaults(run=_stream)
+
+    demo = commands.add_parser(
+        "demo",
+        parents=[common],
+        formatter_class=form,
+        epilog=EXIT_CODES,
+        help="stream a real medical video, nothing to download",
+        description="Streams a real ultrasound clip (it comes with pydicom), or VIDEO, and checks the result.",
+    )
+    demo.add_argument("video", type=Path, nargs="?")
+    demo.add_argument(
+        "--out", default="endomamba-demo", metavar="DIR", help="default: %(default)s (replaced each time)"
+    )
+    demo.add_argument("--max-frames", type=_positive, metavar="N", help="stop after N frames")
+    demo.add_argument("--threads", type=_positive, metavar="N", help="CPU threads; default: torch's choice")
+    demo.set_defaults(run=_demo)
+
+    info = commands.add_parser("info", parents=[common], help="devices, back ends, and why each can or cannot run")
+    info.add_argument("--json", action="store_true")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _positive(text: str) -> int:
+    return _at_least(text, 1)
+
+
+def _count(text: str) -> int:
+    return _at_least(text, 0)
+
+
+def _at_least(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+    return value
+
+
+# ---- endomamba stream, endomamba demo
+
+
+def _stream(args: argparse.Namespace) -> int:
+    import torch
+
+    from .stream import FrameStream, JsonLines, StreamSession, Verifier
+    from .video import NORMALISATIONS, open_video
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    # Text goes to stderr where stdout carries the lines.
+    text = io.StringIO() if args.quiet else sys.stderr if args.out == "-" else sys.stdout
+    device = _device(args.device, text)
+    open_video(args.video).close()  # a bad file is refused before the model is built
+    model, trained = _model(args, text)
+    model.to(device)
+    camera = FrameStream(model, **NORMALISATIONS[args.normalise])
+    camera.warm_up()
+    with open_video(args.video, model.config.img_size) as reader, _lines(args, JsonLines) as lines:
+        verifier = Verifier(model) if args.verify else None
+        session = StreamSession(camera, reader, lines.write, verifier=verifier)
+        _header(text, args, reader, model, device, trained)
+        ended = False
+        try:
+            with _Progress(args, reader.info.frames) as progress:
+                session.run(args.max_frames, progress)
+            ended = True
+        finally:
+            summary = session.summary()
+            _write_summary(lines.path, summary)
+            if session.frames or ended:
+                print(_report(summary, session, lines.path), file=text, flush=True)
+        return _verdict(reader, session)
+
+
+def _verdict(reader: VideoReader, session: StreamSession) -> int:
+    """Exit code of a run that ended by itself, and the sentence that goes with it."""
+    code = OK
+    if reader.damage:
+        print(
+            f"endomamba: {reader.path} is damaged: {reader.damage}.  "
+            f"{session.frames} frames were processed and written",
+            file=sys.stderr,
+        )
+        code = DAMAGED
+    elif not session.frames:
+        raise UsageError(f"{reader.path} holds no frame")
+    if session.verifier is not None and not session.verifier.passed:
+        print("endomamba: verify failed: streamed and parallel outputs differ", file=sys.stderr)
+        code = VERIFY_FAILED
+    return code
+
+
+def _device(name: str, text: Any) -> str:
+    import torch
+
+    from . import ops
+
+    if name == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available():
+        if name == "cuda":
+            raise UsageError("--device cuda: torch sees no CUDA device here (`endomamba info` shows what there is)")
+        return "cpu"
+    if name == "auto":
+        table = ops.backend_info("cuda")
+        lacking = [op for op, names in table.items() if all(names.get(name) for name in ("triton", "cuda"))]
+        if lacking:
+            print(f"on the CPU: there is a GPU, but no back end on it for {', '.join(lacking)}", file=text)
+            return "cpu"
+    return "cuda"
+
+
+def _model(args: argparse.Namespace, text: Any) -> tuple[nn.Module, bool]:
+    """-> the model in evaluation mode, and whether its labels mean anything."""
+    import torch
+
+    from .models import CheckpointError, create_model, load_checkpoint
+
+    options: dict[str, Any] = {"num_classes": args.num_classes or 0, "head": args.head, "backend": args.backend}
+    if args.weights is None:
+        # At the published initialisation a state fades within one frame, and equality would prove nothing.
+        options |= {"dt_init": "mamba", "dt_min": 1e-4, "dt_max": 1e-1}
+    torch.manual_seed(0)
+    model = create_model(args.model, **options)
+    if not hasattr(model, "step_"):
+        raise UsageError(f"{args.model} cannot stream: it has no step for single frames")
+    if args.weights is None:
+        return model.eval(), False
+    try:
+        report = load_checkpoint(model, args.weights)
+    except CheckpointError as error:
+        classes = re.search(r"has a head for (\d+) classes and this model none", str(error))
+        if not classes or args.num_classes is not None:
+            raise
+        model = create_model(args.model, **{**options, "num_classes": int(classes[1])})
+        report = load_checkpoint(model, args.weights)
+    print(report, file=text)
+    head = {"head.weight", "head.bias"} & set(report.missing)
+    if head:
+        print("the weights have no head: its labels are random and mean nothing yet", file=text)
+    return model.eval(), not head
+
+
+def _lines(args: argparse.Namespace, JsonLines: Any) -> Any:
+    """Opens the file of predictions; an existing one is replaced only when asked."""
+    if args.out == "-":
+        return JsonLines(None)
+    if args.out is None:
+        number, path = 1, Path(f"{args.video.stem}.predictions.jsonl")
+        while path.exists() and not args.overwrite:
+            number += 1
+            path = Path(f"{args.video.stem}.predictions-{number}.jsonl")
+    else:
+        path = Path(args.out)
+        if path.suffix not in (".jsonl", ".json"):
+            path = path / "predictions.jsonl"
+    try:
+        return JsonLines(path, overwrite=args.overwrite)
+    except FileExistsError as error:
+        if not path.is_file():
+            raise UsageError(f"--out {args.out}: {error.filename} is in the way") from error
+        raise UsageError(f"{path} exists already: choose another --out, or replace it with --overwrite") from error
+
+
+def _header(
+    text: Any, args: argparse.Namespace, reader: VideoReader, model: nn.Module, device: str, trained: bool
+) -> None:
+    import torch
+
+    from .ops._extension import C
+
+    height, width = model.config.img_size
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    if device == "cpu":
+        where += f", {C.level()} kernels" if C is not None else ", slow PyTorch reference (see endomamba info)"
+    print(f"video    {reader.info.path}: {reader.info}", file=text)
+    print(f"model    {args.model}, {millions:.1f} M parameters, frames of {width} x {height}, on {where}", file=text)
+    if args.weights is None:
+        print("weights  " + RANDOM_WEIGHTS.replace("\n", "\n         "), file=text)
+    elif not trained:
+        print(f"weights  {args.weights}; the head is random", file=text)
+    print(file=text, flush=True)
+
+
+def _report(summary: dict[str, Any], session: StreamSession, path: Path | None) -> str:
+    parts = summary["latency"]
+    fps = session.reader.info.fps
+    speed = f"{summary['frames_per_second']:.1f} frames/s" + (f" (the video plays at {fps:.4g})" if fps else "")
+    lines = [
+        f"stopped  {summary['stopped']}, {summary['frames']} frames, {speed}",
+        "latency  p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms a frame; ".format(**parts["frame"])
+        + "p50 of its parts: "
+        + ", ".join(f"{name} {parts[name]['p50_ms']:.1f}" for name in ("decode", "preprocess", "model")),
+        f"state    {summary['state_bytes']:,} bytes carried from frame to frame, the same for a video of any length",
+    ]
+    if session.changes.points:
+        lines += [
+            f"change   {session.changes.sparkline()}",
+            "         1 - cosine of successive outputs: mean {mean:.1e}, max {max:.1e}".format(**summary["change"]),
+        ]
+    if summary["verify"] is not None:
+        lines += _verify_lines(summary["verify"])
+    lines.append(f"written  {path if path is not None else 'to standard output'}")
+    return "\n".join(lines)
+
+
+def _verify_lines(verify: dict[str, Any]) -> list[str]:
+    if not verify["frames"]:
+        return ["verify   not reached"]
+    if verify["max_difference"] is None or verify["max_state_difference"] is None:
+        return ["verify   FAILED: an output or a state is not finite"]
+    lines = [
+        "verify   {word}: max |streamed - parallel| = {max_difference:.1e} (allowed {tolerance:.1e}) "
+        "over {frames} frames; states {max_state_difference:.1e}".format(
+            word="passed" if verify["passed"] else "FAILED", **verify
+        )
+    ]
+    without = verify["difference_without_state"]
+    if without is None:
+        lines.append("         the clip is too short to show what the carried state does to the output")
+    elif without > 100 * verify["tolerance"]:
+        lines.append(f"         without the carried state they would differ by {without:.1e}, so it was carried")
+    else:
+        lines.append(f"         without the carried state they would differ by {without:.1e} only, which proves little")
+    return lines
+
+
+def _write_summary(path: Path | None, summary: dict[str, Any]) -> None:
+    """Beside the predictions, whole or not at all."""
+    if path is None:
+        return
+    target = path.with_suffix(".summary.json")
+    part = target.with_name(target.name + ".part")
+    try:
+        part.write_text(json.dumps(summary, indent=2) + "\n")
+        part.replace(target)
+    except OSError as error:
+        print(f"endomamba: {target} was not written: {error.strerror}", file=sys.stderr)
+
+
+class _Progress:
+    """On a terminal a bar; elsewhere a line every 10 seconds, so that a log stays readable."""
+
+    EVERY = 10.0
+
+    def __init__(self, args: argparse.Namespace, total: int | None) -> None:
+        self.total = min(filter(None, (total, args.max_frames)), default=None)
+        self.silent = args.quiet
+        self.bar: Any = None
+        self.count = 0
+        self.said = time.monotonic()
+
+    def __enter__(self) -> _Progress:
+        if not self.silent and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=self.total, unit="frame", file=sys.stderr, dynamic_ncols=True, leave=False)
+        return self
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        self.count += 1
+        if self.bar is not None:
+            self.bar.update()
+        elif not self.silent and time.monotonic() - self.said > self.EVERY:
+            self.said = time.monotonic()
+            of = f" of {self.total}" if self.total else ""
+            print(f"frame {self.count}{of}", file=sys.stderr, flush=True)
+
+    def __exit__(self, *exc: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _demo(args: argparse.Namespace) -> int:
+    video, what = args.video, f"{args.video}."
+    if video is None:
+        video = _bundled_clip()
+        what = "a real ultrasound sequence of 30 frames that comes with pydicom."
+    print(
+        "This streams a medical video through EndoMamba (tiny), one frame at a time, as a camera would deliver it:\n"
+        f"  the video is {what}\n"
+        "  Each frame is decoded, squashed to 224 x 224 and read by the model, which remembers the frames before it\n"
+        "  in a state of fixed size; one line of JSON is written a frame.\n"
+        "  The same frames then go through the parallel pass as one clip, and both must give the same numbers.\n"
+    )
+    rest = ["--out", args.out, "--overwrite", "--verify"]
+    rest += ["--max-frames", str(args.max_frames)] if args.max_frames else []
+    rest += ["--threads", str(args.threads)] if args.threads else []
+    rest += ["--debug"] if args.debug else []
+    code = _stream(build_parser().parse_args(["stream", *rest, "--", str(video)]))
+    lines = Path(args.out, "predictions.jsonl")
+    if code == OK and lines.is_file():
+        with lines.open() as file:
+            last = file.readlines()[-1].strip()
+        print(f"\nThe last line written:\n  {last}\nYour own video:  endomamba stream VIDEO --weights CHECKPOINT")
+    return code
+
+
+def _bundled_clip() -> Path:
+    try:
+        from pydicom import examples
+    except ImportError as error:
+        raise UsageError("the demo's clip comes with pydicom: pip install endomamba[video], or name a VIDEO") from error
+    return Path(examples.get_path("ybr_color"))
+
+
+# ---- endomamba info
+
+
+def _info(args: argparse.Namespace) -> int:
+    facts = gather_info()
+    print(json.dumps(facts, indent=2) if args.json else _info_text(facts))
+    return OK
+
+
+def gather_info() -> dict[str, Any]:
+    """What this machine has, and for every op and back end why it cannot run there; an empty list: it can."""
+    import torch
+
+    from . import ops
+    from .models import list_models
+    from .ops._extension import MISSING, C, build_info
+
+    devices = {"cpu": f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"}
+    if torch.cuda.is_available():
+        devices["cuda"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return {
+        "endomamba": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "packages": {name: _version(name) for name in ("av", "pydicom", "pillow", "tqdm", "triton", "numpy")},
+        "devices": devices,
+        "cpu_kernels": {
+            "built": C is not None,
+            "why_not": MISSING or None,
+            "level": C.level() if C is not None else None,
+            "levels": list(C.levels()) if C is not None else [],
+        },
+        "build": build_info(),
+        "models": list_models(),
+        "backends": {device: ops.backend_info(device) for device in devices},
+    }
+
+
+def _version(name: str) -> str | None:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(name)
+    return None
+
+
+def _info_text(facts: dict[str, Any]) -> str:
+    kernels = facts["cpu_kernels"]
+    has = f"{kernels['level']} in use; this machine runs {', '.join(kernels['levels'])}"
+    packages = ", ".join(f"{name} {version or '(not installed)'}" for name, version in facts["packages"].items())
+    lines = [
+        f"endomamba    {facts['endomamba']}, Python {facts['python']}, {facts['platform']}",
+        f"torch        {facts['torch']}",
+        f"packages     {packages}",
+        *(f"device       {name}: {what}" for name, what in facts["devices"].items()),
+        f"CPU kernels  {has if kernels['built'] else kernels['why_not']}",
+        f"build        {', '.join(f'{k}: {v}' for k, v in facts['build'].items()) or 'no _build_info.json'}",
+        f"models       {', '.join(facts['models'])}",
+    ]
+    for device, table in facts["backends"].items():
+        lines += ["", f"back ends on {device} (fp32)"]
+        for op, names in table.items():
+            lines.append(f"  {op}")
+            lines += [
+                f"    {name:<10} {'; '.join(reasons) if reasons else 'can run'}" for name, reasons in names.items()
+            ]
+    return "\n".join(lines)
