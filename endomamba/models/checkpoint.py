@@ -94,8 +94,8 @@ def load_checkpoint(
             skipped[name] = "drop_head=True"
             del weights[name]
     _check_head(path, weights, target)
-    if "pos_embed" in weights and "pos_embed" in target:
-        _fit_positions(path, model, weights, remapped, skipped, map_pos_embed)
+    if "pos_embed" in weights:
+        _fit_positions(model, weights, remapped, skipped, map_pos_embed)
 
     missing = tuple(name for name in target if name not in weights)
     unexpected = tuple(name for name in weights if name not in target)
@@ -139,10 +139,8 @@ def _read(path: str) -> Any:
     if head[8:9] == b"{" and not head.startswith(b"PK"):
         return _read_safetensors(path)
     if not head.startswith((b"PK", b"\x80")):
-        what = "empty" if size == 0 else f"begins with {head!r}"
-        raise CheckpointError(
-            f"{path}: is neither a PyTorch nor a safetensors file (it is {what})".replace("is begins", "begins")
-        )
+        why = "is empty" if size == 0 else f"is neither a PyTorch nor a safetensors file (it begins with {head!r})"
+        raise CheckpointError(f"{path}: {why}")
     try:
         with _safe_globals():
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -240,41 +238,46 @@ def _strip(path: str, source: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
 
 
 def _fit_positions(
-    path: str,
     model: EndoMamba,
     weights: dict[str, Tensor],
     remapped: dict[str, str],
     skipped: dict[str, str],
     map_pos_embed: bool,
 ) -> None:
-    """Brings weights["pos_embed"] to the model's shape, or takes it out and says why."""
-    pos, target = weights["pos_embed"], model.state_dict()["pos_embed"]
-    if pos.shape == target.shape:
-        return
-    if pos.ndim != 3 or pos.shape[0] != 1 or pos.shape[2] != target.shape[2]:
+    """Brings weights["pos_embed"] to the model's grid, or takes it out and says why.
+
+    The file's grid is the model's where the number of patches is, else a square.  A file without cls_token has
+    positions of patches only.
+    """
+    config, pos = model.config, weights["pos_embed"]
+    if pos.ndim != 3 or pos.shape[0] != 1 or pos.shape[2] != config.embed_dim:
         return  # an ordinary mismatch
     name = next((old for old, new in remapped.items() if new == "pos_embed"), "pos_embed")
-    grid, rows = model.config.grid, pos.shape[1]
-    patches = grid[0] * grid[1]
-    extra = target.shape[1] - patches  # 1 with a cls token
-    had = rows - extra if rows - extra == patches or math.isqrt(rows - extra) ** 2 == rows - extra else None
-    if had is not None and had > 0:
-        side = math.isqrt(had)
-        weights["pos_embed"] = resize_positions(pos, (side, side), grid)
-        remapped[name] = f"pos_embed interpolated from {side}x{side} to {grid[0]}x{grid[1]} patches"
+    has_cls = "cls_token" in weights
+    patches = pos.shape[1] - has_cls
+    side = math.isqrt(patches)
+    grid = config.grid if patches == math.prod(config.grid) else (side, side)
+    why = ""
+    if patches < 1 or patches != math.prod(grid):
+        why = f"{patches} patches are no square grid"
+    elif has_cls and not config.with_cls_token:
+        why = "has a row for cls, which this model does not have"
+    elif config.with_cls_token and not has_cls and not map_pos_embed:
+        why = f"{patches} rows have none for cls; the published rule discards them (map_pos_embed=True keeps them)"
+    if why:
+        skipped[name] = why
+        del weights["pos_embed"]
         return
-    square = (math.isqrt(rows), math.isqrt(rows))
-    if extra == 1 and (rows == patches or square[0] * square[1] == rows):
-        if map_pos_embed:
-            fitted = resize_positions(pos, grid if rows == patches else square, grid)
-            weights["pos_embed"] = torch.cat((torch.zeros_like(fitted[:, :1]), fitted), dim=1)
-            remapped[name] = "pos_embed rows 1.. with zeros in row 0"
-            return
-        why = f"{rows} rows have none for cls; the published rule discards them (map_pos_embed=True keeps them)"
-    else:
-        why = f"{rows} rows are no square grid of patches"
-    skipped[name] = why
-    del weights["pos_embed"]
+    done = []
+    if grid != config.grid:
+        done.append(f"interpolated from {grid[0]}x{grid[1]} to {config.grid[0]}x{config.grid[1]} patches")
+    pos = resize_positions(pos, grid, config.grid)
+    if config.with_cls_token and not has_cls:
+        done.append("put in rows 1.. with zeros in row 0")
+        pos = torch.cat((torch.zeros_like(pos[:, :1]), pos), dim=1)
+    weights["pos_embed"] = pos
+    if done:
+        remapped[name] = "pos_embed " + ", ".join(done)
 
 
 # ---- checks, all before the model is touched

@@ -134,7 +134,7 @@ def test_pretraining_with_mapped_positions(source, tmp_path):
     report = load_checkpoint(model, path, map_pos_embed=True)
     assert torch.equal(model.pos_embed[:, 1:], pretraining(source)["encoder.pos_embed"])
     assert not model.pos_embed[:, 0].any()
-    assert report.remapped["encoder.pos_embed"] == "pos_embed rows 1.. with zeros in row 0"
+    assert report.remapped["encoder.pos_embed"] == "pos_embed put in rows 1.. with zeros in row 0"
     assert "encoder.pos_embed" not in report.skipped and "pos_embed" not in report.missing
 
 
@@ -188,9 +188,26 @@ def test_positions_are_interpolated(source, tmp_path, size, grid):
 
 def test_mapped_positions_are_interpolated_too(source, tmp_path):
     model = new_model(img_size=48)
-    load_checkpoint(model, save(pretraining(source), tmp_path), map_pos_embed=True)
+    report = load_checkpoint(model, save(pretraining(source), tmp_path), map_pos_embed=True)
+    done = "pos_embed interpolated from 4x4 to 6x6 patches, put in rows 1.. with zeros in row 0"
+    assert report.remapped["encoder.pos_embed"] == done
     expected = resize_positions(pretraining(source)["encoder.pos_embed"], (4, 4), (6, 6))
     assert torch.equal(model.pos_embed[:, 1:], expected) and not model.pos_embed[:, 0].any()
+
+
+def test_positions_that_fit_by_accident(source, tmp_path):
+    """16 pre-trained patches are not 15 patches and a cls token."""
+    model = new_model(img_size=(24, 40))
+    report = load_checkpoint(model, save(pretraining(source), tmp_path))
+    assert report.skipped["encoder.pos_embed"].startswith("16 rows have none for cls")
+
+
+def test_positions_for_a_model_without_cls(source, tmp_path):
+    weights = {name: t for name, t in source.items() if not name.startswith("head.")}
+    model = new_model(with_cls_token=False, num_classes=0)
+    assert_refused(save(weights, tmp_path), "missing: pos_embed; unknown to the model: cls_token", model)
+    report = load_checkpoint(model, tmp_path / "weights.pth", strict=False)
+    assert report.skipped == {"pos_embed": "has a row for cls, which this model does not have"}
 
 
 def test_positions_without_a_grid(source, tmp_path):
@@ -198,7 +215,7 @@ def test_positions_without_a_grid(source, tmp_path):
     with pytest.raises(CheckpointError, match="missing: pos_embed"):
         load_checkpoint(new_model(), path)
     report = load_checkpoint(new_model(), path, strict=False)
-    assert report.skipped["pos_embed"] == "12 rows are no square grid of patches"
+    assert report.skipped["pos_embed"] == "11 patches are no square grid"
 
 
 # ---- strictness; whatever fails leaves the model as it was
@@ -288,7 +305,7 @@ class Attack:
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"", "is neither a PyTorch nor a safetensors file \\(it is empty\\)"),
+        (b"", "is empty"),
         (
             b"<!DOCTYPE html><title>Sign in</title>",
             "is neither a PyTorch nor a safetensors file \\(it begins with b'<!DOC",

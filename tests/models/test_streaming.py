@@ -239,17 +239,8 @@ def resident_bytes():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-@pytest.fixture
-def one_thread():
-    """A frame of these sizes is no work to share, and waiting for a busy second core costs more than all of it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory of the process from /proc")
-def test_long_stream(one_thread):
+def test_long_stream():
     """20,000 frames, one by one: memory stays flat, and the end equals one pass over the last frames from the state."""
     model = long_memory(**STREAM)
     pool = make_video(model, t=61)  # a prime number of frames, so that no chunk meets the same sequence twice
@@ -274,7 +265,7 @@ def test_long_stream(one_thread):
     assert_close("ssm state", state.ssm, after.ssm, TOLERANCE * max(1, after.ssm.abs().max().item()))
 
 
-def test_long_stream_does_not_drift(one_thread):
+def test_long_stream_does_not_drift():
     """2,000 frames in fp32, with rounding at each, against the same stream in fp64: the error stays where it began."""
     model, truth = long_memory(**STREAM), long_memory(**STREAM, backend="reference").double()
     video = make_video(model, t=50)
