@@ -15,7 +15,7 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,9 +55,11 @@ class LoadReport:
     def __str__(self) -> str:
         lines = [f"{self.path} ({self.container}): {len(self.loaded)} tensors loaded"]
         lines += [f"  remapped    {name}: {how}" for name, how in _shortened(self.remapped).items()]
-        lines += [f"  not in file {name}: kept as initialised" for name in self.missing]
-        lines += [f"  not in model {name}" for name in _families(self.unexpected)]
-        lines += [f"  skipped     {name}: {why}" for name, why in self.skipped.items()]
+        lines += [f"  missing     {name}: kept as initialised" for name in _families(self.missing)]
+        lines += [f"  unexpected  {name}" for name in _families(self.unexpected)]
+        for why in dict.fromkeys(self.skipped.values()):
+            names = _families(name for name in self.skipped if self.skipped[name] == why)
+            lines += [f"  skipped     {name}: {why}" for name in names]
         return "\n".join(lines)
 
 
@@ -100,11 +102,12 @@ def load_checkpoint(
     missing = tuple(name for name in target if name not in weights)
     unexpected = tuple(name for name in weights if name not in target)
     shared = [name for name in weights if name in target]
-    if not any(name.startswith("layers.") for name in shared):
-        held = ", ".join(_families(list(source)[:200])[:4]) or "nothing"
-        raise CheckpointError(f"{path}: nothing in it fits this model, it would load nothing (the file holds {held})")
     mismatched = {name: _mismatch(weights[name], target[name]) for name in shared}
     mismatched = {name: why for name, why in mismatched.items() if why}
+    loaded = {name: weights[name] for name in shared if name not in mismatched}
+    if not _has_layers(shared if strict else loaded):
+        held = ", ".join(_families(source)[:4])
+        raise CheckpointError(f"{path}: nothing in it fits this model, it would load nothing (the file holds {held})")
     if strict:
         optional: tuple[str, ...] = NOT_PRETRAINED if pretrained else ()
         optional += ("head.",) if drop_head else ()
@@ -112,7 +115,6 @@ def load_checkpoint(
         _check_strict(path, mismatched, [n for n in missing if not n.startswith(optional)], unexpected)
     skipped.update(mismatched)
 
-    loaded = {name: weights[name] for name in shared if name not in mismatched}
     model.load_state_dict(loaded, strict=False)
     return LoadReport(
         path=path,
@@ -299,6 +301,10 @@ def _check_head(path: str, weights: Mapping[str, Tensor], target: Mapping[str, T
         )
 
 
+def _has_layers(names: Iterable[str]) -> bool:
+    return any(name.startswith("layers.") for name in names)
+
+
 def _check_size(path: str, weights: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
     """Says in two numbers what would otherwise be a list of every layer."""
 
@@ -336,7 +342,7 @@ def _check_strict(path: str, mismatched: Mapping[str, str], missing: list[str], 
         raise CheckpointError(f"{path}: does not fit this model: {'; '.join(problems)}")
 
 
-def _families(names: Any) -> list[str]:
+def _families(names: Iterable[str]) -> list[str]:
     """Names with the number of a layer replaced by *, each once: short enough for a sentence.
 
     >>> _families(["decoder.blocks.0.norm1.weight", "decoder.blocks.1.norm1.weight"])
