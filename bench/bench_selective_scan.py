@@ -8,6 +8,7 @@ the fp64 reference is checked before time.  --save writes bench/results/cpu_sele
 
 import argparse
 import ctypes
+import gc
 import json
 import platform
 import statistics
@@ -64,6 +65,8 @@ def measure(providers, rounds):
         start = time.perf_counter()
         run()
         bursts[name] = max(1, int(0.01 / (time.perf_counter() - start)))
+    gc.collect()
+    gc.disable()  # a full collection walks all of torch and would be counted as the op's time, as in timeit
     for _ in range(rounds):
         for name, run in providers.items():
             if sum(times[name]) * bursts[name] > 20:
@@ -73,6 +76,7 @@ def measure(providers, rounds):
             for _ in range(bursts[name]):
                 run()
             times[name].append((time.perf_counter() - start) / bursts[name])
+    gc.enable()
     return {
         name: {
             "min": min(t),
