@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from tests.models.common import assert_close, long_memory, make_video
 
@@ -46,7 +47,7 @@ def test_compile_training_with_checkpointing():
 def test_compile_steps_without_recompiling():
     """One graph serves every frame after the first; the frame number is data, not a constant of the graph."""
     model = long_memory()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     step = torch.compile(model.step, fullgraph=True, backend=counter)
     state = expected_state = model.init_state(1)
     with torch.no_grad():
@@ -70,7 +71,7 @@ def test_compile_step_in_place():
 
 def test_compile_any_clip_length():
     model = long_memory()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     with torch.no_grad():
         for t in (2, 3, 4, 6):
