@@ -408,13 +408,13 @@ void scan_bwd(const ScanArgs& a) {
     if (p.groups_B > 1) std::memset(p.dB, 0, floats[i][0] * sizeof(float));  // lanes add to these
     if (p.groups_C > 1) std::memset(p.dC, 0, floats[i][1] * sizeof(float));
   }
-  parallel_for(shape.row_groups * shape.blocks64, a.threads,
+  parallel_for(shape.row_groups * shape.blocks64, threads_for(a),
                [&](int64_t task) { backward_task(a, shape, partials, task / shape.blocks64, task % shape.blocks64); });
   const int64_t span = 256;
   for (int i = 0; i < a.directions; ++i) {
     const ScanDirection& dir = a.dir[i];
     const Partials& p = partials[i];
-    parallel_for(ceil_div(shape.tokens, span), a.threads, [&](int64_t task) {
+    parallel_for(ceil_div(shape.tokens, span), threads_for(a), [&](int64_t task) {
       const int64_t begin = task * span, end = min64(begin + span, shape.tokens);
       with_dtype(a.dtype, [&](auto in) {
         using T = decltype(in);
@@ -422,7 +422,7 @@ void scan_bwd(const ScanArgs& a) {
         if (!dir.constant_C) gather_tokens<T>(a, shape, grouping_C(a, dir), p.groups_C, p.dC, dir.dC, begin, end);
       });
     });
-    parallel_for(ceil_div(a.d, span), a.threads, [&](int64_t task) {
+    parallel_for(ceil_div(a.d, span), threads_for(a), [&](int64_t task) {
       const int64_t begin = task * span, end = min64(begin + span, a.d);
       gather_rows(shape.row_groups, a.d * a.n, begin * a.n, end * a.n, p.dA, dir.dA.at<float>());
       if (dir.constant_B) gather_rows(shape.row_groups, a.d * a.n, begin * a.n, end * a.n, p.dB, dir.dB.at<float>());

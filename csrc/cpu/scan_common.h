@@ -19,6 +19,12 @@ static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t padded_states(int64_t n) { return (n + 3) / 4 * 4; }
 
+// Waking a second thread costs more than this many state updates (40 us of one core), and far more on a busy machine.
+static inline int threads_for(const ScanArgs& a) {
+  const int64_t updates = (a.cu_seqlens ? 1 : a.b) * a.l * a.d * a.n;
+  return updates < 200000 ? 1 : a.threads;
+}
+
 template <class F>
 static inline void with_dtype(int dtype, const F& f) {
   if (dtype == kFloat32)

@@ -101,7 +101,7 @@ void forward_task(const ScanArgs& a, int64_t index, int64_t first) {
 
 void scan_fwd(const ScanArgs& a) {
   const int64_t blocks = ceil_div(a.d, kForwardBlock);
-  parallel_for(a.b * blocks, a.threads,
+  parallel_for(a.b * blocks, threads_for(a),
                [&](int64_t task) { forward_task(a, task / blocks, task % blocks * kForwardBlock); });
 }
 
