@@ -22,6 +22,7 @@ The bugs of other scan kernels that these tests answer (A1 to A16 of the list ke
 """
 
 import math
+import os
 from itertools import pairwise
 
 import pytest
@@ -191,9 +192,26 @@ def test_every_instruction_set(row, dtype, backend):
         _C.set_level(level)
 
 
-@pytest.mark.skip(reason="needs 8 GiB of chunk states; to run with the GPU kernels, the CPU ones index with int64")
-def test_a01_chunk_state_offsets():
-    """b * chunks * d * n beyond 2^31."""
+@pytest.mark.slow
+@compiled
+def test_a01_chunk_state_offsets(backend):
+    """b * chunks * d * n beyond 2^31: 8 GiB of saved states; the last row's results are those of the row alone."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if free < 16 * 2**30:
+        pytest.skip(f"needs 16 GiB of free memory, there are {free / 2**30:.0f}")
+    b, d, n = 2**17 + 1, 1024, 16
+    generator = torch.Generator().manual_seed(0)
+    row = [torch.randn(1, 1, size, generator=generator).half() for size in (d, d, n, n)]  # x, dt, B, C
+    A, state = -torch.rand(d, n, generator=generator), torch.randn(1, d, n, generator=generator)
+
+    def last_row(b):
+        x, dt, B, C = (t.expand(b, -1, -1).contiguous().requires_grad_() for t in row)
+        y, _ = selective_scan(x, dt, A, B, C, initial_state=state.expand(b, -1, -1), backend=backend)
+        y.backward(torch.ones(1, dtype=y.dtype).expand_as(y))
+        return [t[-1].clone() for t in (y.detach(), x.grad, dt.grad, B.grad, C.grad)]
+
+    for far, alone in zip(last_row(b), last_row(1), strict=True):
+        assert torch.equal(far, alone)
 
 
 @compiled
