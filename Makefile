@@ -7,6 +7,8 @@ WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 RUN := .venv/bin/python
 # One OpenMP thread in each test worker: the workers share the cores, not oversubscribe them.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal
+# Not .venv/bin/clang-format: on top of an active environment the command may stand there instead.
+CLANG_FORMAT := $(RUN) -c "from clang_format import clang_format; clang_format()"
 CPP = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
 
 .PHONY: help demo test test-all lint format build clean distclean
@@ -35,14 +37,14 @@ lint:  ## ruff and clang-format, without changing a file
 	@echo "lint: ruff check, ruff format, clang-format"
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
-	@.venv/bin/clang-format --dry-run --Werror $(CPP)
+	@$(CLANG_FORMAT) --dry-run --Werror $(CPP)
 
 format:  ## let ruff and clang-format rewrite what they would complain about
 	@$(PYTHON) tools/setup_env.py dev
 	@echo "format: ruff check --fix, ruff format, clang-format -i"
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
-	@.venv/bin/clang-format -i $(CPP)
+	@$(CLANG_FORMAT) -i $(CPP)
 
 build:  ## compile the CPU kernels again where a source changed
 	@$(PYTHON) tools/setup_env.py video
