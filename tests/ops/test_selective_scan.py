@@ -40,7 +40,6 @@ from tests.ops.scan_cases import (
     BACKENDS,
     COMPILED,
     DTYPES,
-    NO_CPU,
     ONE_WAY_ROWS,
     ROWS,
     assert_bitwise,
@@ -853,10 +852,3 @@ def test_a_named_back_end_runs_or_raises():
         scan(inputs, backend="cpu")
     with pytest.raises(NotImplementedError, match="no triton kernel"):
         scan(inputs, backend="triton")
-
-
-@pytest.mark.skipif(not NO_CPU, reason="the CPU kernels are built")
-def test_fallback_is_logged_once(caplog):
-    for _ in range(2):
-        scan(make())
-    assert sum("slow PyTorch reference" in r.message for r in caplog.records) <= 1
