@@ -1,0 +1,71 @@
+"""What the op tests run on: every test file takes its back ends, dtypes and generators from here.
+
+| run | tensors | back ends |
+|---|---|---|
+| plain | CPU | reference, cpu |
+| TRITON_INTERPRET=1 | CPU, no bf16: the interpreter has it wrong | triton |
+| ENDOMAMBA_TEST_DEVICE=cuda | GPU | reference, triton |
+
+The plain run has every test.  The other two have those with a `backend` among theirs and those marked `triton`.
+"""
+
+import os
+
+import pytest
+import torch
+
+from endomamba.ops._backend import reasons
+from endomamba.ops._triton import INTERPRET
+
+DEVICE = "cuda" if os.environ.get("ENDOMAMBA_TEST_DEVICE") == "cuda" else "cpu"
+PLAIN = not INTERPRET and DEVICE == "cpu"
+NAMES = ("triton",) if INTERPRET else ("reference", "triton") if DEVICE == "cuda" else ("reference", "cpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+if INTERPRET:
+    del DTYPES["bf16"]
+HALF = "fp16" if INTERPRET else "bf16"  # where one low precision is enough
+
+
+def _params(op: str, *names: str):
+    found = {name: reasons(op, name, torch.zeros(0, device=DEVICE)) for name in names if name in NAMES}
+    return pytest.mark.parametrize(
+        "backend",
+        [
+            pytest.param(name, marks=pytest.mark.skipif(bool(why), reason=f"{name}: {'; '.join(why)}"))
+            for name, why in found.items()
+        ],
+    )
+
+
+def backends(op: str):
+    """Parametrises `backend` with all that this run has."""
+    return _params(op, "reference", "cpu", "triton")
+
+
+def compiled(op: str):
+    """Without the reference."""
+    return _params(op, "cpu", "triton")
+
+
+def native(op: str):
+    """The C++ kernels alone: instruction sets, thread counts, bits that Triton does not promise."""
+    return _params(op, "cpu")
+
+
+def slow_interpreted(test):
+    """For a test that the interpreter needs more than a few seconds for."""
+    return pytest.mark.slow(test) if INTERPRET else test
+
+
+def rows(table, slow=()):
+    """The ids of a table of cases; those in `slow` marked so where they are interpreted."""
+    return [pytest.param(row, marks=pytest.mark.slow) if INTERPRET and row in slow else row for row in table]
+
+
+def examples(count: int) -> int:
+    """How many draws hypothesis makes."""
+    return min(count, 5) if INTERPRET else count
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator(DEVICE).manual_seed(seed)
