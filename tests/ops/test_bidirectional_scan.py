@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,10 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from endomamba.ops.bidirectional_scan.op import bidirectional_scan_backward_op, bidirectional_scan_op
 from endomamba.ops.selective_scan import selective_scan
 from tests.accuracy import assert_as_accurate_as_eager
+from tests.ops import backends as on
 from tests.ops.scan_cases import (
-    BACKENDS,
-    COMPILED,
     DTYPES,
+    HALF,
     ROWS,
     TWO_WAY_ROWS,
     assert_bitwise,
@@ -36,8 +37,9 @@ from tests.ops.scan_cases import (
 )
 
 ALL_ROWS = ROWS | TWO_WAY_ROWS
-backends = pytest.mark.parametrize("backend", BACKENDS)
-compiled = pytest.mark.parametrize("backend", COMPILED)
+backends = on.backends("bidirectional_scan")
+compiled = on.compiled("bidirectional_scan")
+native = on.native("bidirectional_scan")
 SIDES = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")
 SEQUENCES = ("x", "dt", "B", "C", "x_b", "dt_b", "B_b", "C_b", "z")  # they have a token axis
 
@@ -161,19 +163,25 @@ def test_repeated_calls_give_the_same_bits(backend):
         assert_bitwise(run(inputs, backend=backend), first)
 
 
-@compiled
-def test_bits_depend_neither_on_threads_nor_on_the_batch(backend):
-    inputs = make(b=9, l=66, d=150, n=5, directions=2, plan="invariant")
-    states = (inputs["initial_state"], inputs["initial_state_b"])
-    grads = weights((inputs["x"], *states))
+@native
+def test_any_thread_count_gives_the_same_bits(backend):
+    inputs = make(b=9, l=66, d=150, n=5, directions=2)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        whole = run(inputs, grads, backend=backend)
+        one = run(inputs, backend=backend)
         torch.set_num_threads(2)
-        assert_bitwise(run(inputs, grads, backend=backend), whole)
+        assert_bitwise(run(inputs, backend=backend), one)
     finally:
         torch.set_num_threads(threads)
+
+
+@compiled
+def test_a_row_alone_has_the_same_bits(backend):
+    inputs = make(b=9, l=66, d=150, n=5, directions=2, plan="invariant")
+    states = (inputs["initial_state"], inputs["initial_state_b"])
+    grads = weights((inputs["x"], *states))
+    whole = run(inputs, grads, backend=backend)
     row = slice(8, 9)
     names = (*SEQUENCES, "initial_state", "initial_state_b")
     alone = run(inputs | {k: inputs[k][row] for k in names}, [w[row] for w in grads], backend=backend)
@@ -241,7 +249,7 @@ def test_time_order_is_a_permutation(frames, backend):
 
 @backends
 @given(data=st.data())
-@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@settings(max_examples=on.examples(15), deadline=None, derandomize=True, database=None)
 def test_strides_change_no_bit(backend, data):
     shape = {k: data.draw(st.integers(1, high), label=k) for k, high in (("b", 3), ("l", 6), ("d", 9), ("n", 5))}
     inputs = make(**shape, directions=2, dtype=exact(backend))
@@ -264,14 +272,14 @@ def test_strides_change_no_bit(backend, data):
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 def test_dtype_mixes(autocast, backend):
     inputs = make(directions=2)
-    inputs |= {k: inputs[k].bfloat16() for k in ("x", "dt", "B", "C", "A_b", "D_b")}
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+    inputs |= {k: inputs[k].to(HALF) for k in ("x", "dt", "B", "C", "A_b", "D_b")}
+    with torch.autocast(on.DEVICE, dtype=HALF, enabled=autocast):
         got = run(inputs, backend=backend)
-    assert got["y"].dtype == torch.bfloat16
+    assert got["y"].dtype == HALF
     for name, tensor in tensors(inputs).items():
         assert got["d" + name].dtype == tensor.dtype, name
     wide, _, _ = scan(cast(inputs, torch.float32), backend=backend)
-    assert torch.equal(got["y"], wide.bfloat16())
+    assert torch.equal(got["y"], wide.to(HALF))
 
 
 # ---- the op as PyTorch sees it -----------------------------------------------------------------------------------
@@ -292,7 +300,7 @@ FORMS = {
     "groups": {"g": 3},
     "mask": {"mask": torch.tensor([[True, False, True] * 3] * 2)},
     "packed": {"b": 1, "seqs": 2, "cu_seqlens": torch.tensor([0, 4, 9]), "max_seqlen": 5},
-    "bf16-out-fp32": {"dtype": torch.bfloat16, "out_fp32": True},
+    "half-out-fp32": {"dtype": HALF, "out_fp32": True},
     "scale-invariant": {"scale": 0.5, "plan": "invariant"},
     "empty": {"l": 0},
 }
