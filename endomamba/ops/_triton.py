@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,3 +76,17 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(x.device)
+
+
+class AotCase(NamedTuple):
+    """A call whose launches are compiled ahead of time, see tools/triton_resources.py: function(*args), meta tensors."""
+
+    name: str
+    function: Callable
+    args: tuple
+    slow: bool = False  # not in every test run
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor without memory for `AotCase`."""
+    return torch.empty(shape, dtype=dtype, device="meta")
