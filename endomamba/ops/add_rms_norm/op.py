@@ -9,11 +9,13 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .._backend import Backend, choose, register
+from .._triton import backend as triton_backend
 from . import native, reference
 
 register(
     "add_rms_norm",
     {
+        "triton": triton_backend("endomamba.ops.add_rms_norm", "add_norm_fwd", "add_norm_bwd"),
         "cpu": Backend(native.add_norm_fwd, native.add_norm_bwd, native.unsupported),
         "reference": Backend(reference.add_norm_fwd, reference.add_norm_bwd, reference.unsupported),
     },
