@@ -31,6 +31,7 @@ Runs without a GPU and without TRITON_INTERPRET; every case is compiled in a pro
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import importlib
 import json
@@ -191,7 +192,7 @@ def in_child(name: str, target: str, path: Path, timeout: int) -> int:
         os._exit(status)
 
 
-def compile_all(jobs: list[tuple[str, str]], parallel: int, timeout: int, say) -> dict[str, dict]:
+def compile_all(jobs: list[tuple[str, str]], parallel: int, timeout: int) -> dict[str, dict]:
     """target -> row -> numbers, for (case, target) pairs; a case that cannot be compiled has its error there."""
     found, running, waiting = {}, {}, list(reversed(jobs))
     with tempfile.TemporaryDirectory() as folder:
@@ -205,17 +206,16 @@ def compile_all(jobs: list[tuple[str, str]], parallel: int, timeout: int, say) -
             rows = found.setdefault(target, {})
             if status:
                 if os.WIFSIGNALED(status):
-                    try:
+                    with contextlib.suppress(ProcessLookupError):
                         os.killpg(pid, signal.SIGKILL)
-                    except ProcessLookupError:
-                        pass
                     rows[name] = f"killed by signal {os.WTERMSIG(status)} after {time.monotonic() - start:.0f} s"
                 else:
                     rows[name] = path.read_text()
-                say(f"{target} {name}: {rows[name]}")
+                print(f"{target} {name}: {rows[name]}", file=sys.stderr)
             else:
                 rows.update(json.loads(path.read_text()))
-                say(f"{target} {name}: {time.monotonic() - start:.1f} s")
+                if sys.stderr.isatty():
+                    print(f"{target} {name}: {time.monotonic() - start:.1f} s", file=sys.stderr)
     return found
 
 
@@ -261,7 +261,7 @@ def main() -> None:
                 rest = [f"--only={args.only}", f"--jobs={args.jobs}", f"--timeout={args.timeout}"]
                 rest += ["--quick"] * args.quick + [f"--target={t}" for t in targets if t in kind]
                 done = subprocess.run([sys.executable, __file__, "--out", str(parts[-1]), *rest])
-                if done.returncode:
+                if not parts[-1].exists():
                     sys.exit(done.returncode)
             found = {}
             for part in parts:
@@ -281,10 +281,7 @@ def main() -> None:
                 if fnmatch.fnmatch(name, f"*{args.only}*") and not (args.quick and case.slow)
             }
             jobs = [(name, target) for target in targets for name in chosen]
-            say = (
-                (lambda line: print(line, file=sys.stderr, flush=True)) if sys.stderr.isatty() else (lambda line: None)
-            )
-            found = compile_all(jobs, args.jobs, args.timeout, say)
+            found = compile_all(jobs, args.jobs, args.timeout)
         finally:
             shutil.rmtree(cache, ignore_errors=True)
     if args.print:
@@ -294,6 +291,7 @@ def main() -> None:
                 print(f"{target} {row}: {text}")
     else:
         write(found, args.out, whole=args.out != DATA or not (args.target or args.only or args.quick))
+    sys.exit(any(isinstance(value, str) for rows in found.values() for value in rows.values()))
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager:
 
 
 class AotCase(NamedTuple):
-    """A call whose launches are compiled ahead of time, see tools/triton_resources.py: function(*args), meta tensors."""
+    """function(*args) on meta tensors: its launches are compiled ahead of time, see tools/triton_resources.py."""
 
     name: str
     function: Callable
