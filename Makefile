@@ -7,6 +7,14 @@ WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 RUN := .venv/bin/python
 # One OpenMP thread in each test worker: the workers share the cores, not oversubscribe them.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal
+# The Triton kernels in the interpreter, in a process of its own: Triton decides at its import.  Then everything else,
+# whether that passed or not; pytest's line on the rest is the last one.
+define both_runs
+echo "test: the Triton kernels, interpreted, in $(WORKERS) workers"; \
+TRITON_INTERPRET=1 $(PYTEST) $(1) -q --no-header tests/ops; interpreted=$$?; \
+echo "test: everything else in $(WORKERS) workers, one thread each"; \
+$(PYTEST) $(1) && exit $$interpreted
+endef
 # Not .venv/bin/clang-format: on top of an active environment the command may stand there instead.
 CLANG_FORMAT := $(RUN) -c "from clang_format import clang_format; clang_format()"
 CPP = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
@@ -24,13 +32,11 @@ demo:  ## stream a real medical clip, or VIDEO=path, through EndoMamba frame by 
 
 test:  ## the tests, without the exhaustive grids
 	@$(PYTHON) tools/setup_env.py dev
-	@echo "test: pytest in $(WORKERS) workers, one thread each"
-	@$(PYTEST)
+	@$(call both_runs,)
 
 test-all:  ## the tests with the exhaustive grids
 	@$(PYTHON) tools/setup_env.py dev
-	@echo "test-all: pytest in $(WORKERS) workers, one thread each, exhaustive grids included"
-	@$(PYTEST) -m "slow or not slow"
+	@$(call both_runs,-m "slow or not slow")
 
 lint:  ## ruff and clang-format, without changing a file
 	@$(PYTHON) tools/setup_env.py dev

@@ -67,6 +67,22 @@ def make_venv(on_top):
         # Not --system-site-packages: on top of a virtual environment that would show its base, not the environment.
         lines = [f"import site; site.addsitedir({folder!r})\n" for folder in folders if Path(folder).is_dir()]
         (below / "zz_active_environment.pth").write_text("".join(lines))
+        keep_triton(below)
+
+
+def keep_triton(site_packages):
+    """Where torch brought Triton under another name (nightlies, AMD) pip is told that it is there."""
+    try:
+        import triton
+
+        importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        about = site_packages / f"triton-{triton.__version__}.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: triton\nVersion: {triton.__version__}\n")
+        (about / "INSTALLER").write_text("endomamba-setup\n")
+    except ImportError:
+        pass
 
 
 def constraints(torch):
@@ -145,7 +161,8 @@ def main():
             announce_torch()
             pip("--constraint", str(CONSTRAINTS), f"torch=={TORCH}")
         else:
-            say(f"keeping torch {torch} of {sys.prefix}; what it lacks, at most 0.3 GB, goes into {VENV.name}/")
+            size = {"video": "0.3 GB", "dev": "0.5 GB"}[level]
+            say(f"keeping torch {torch} of {sys.prefix}; what it lacks, at most {size}, goes into {VENV.name}/")
     lists = hashlib.sha256(CONSTRAINTS.read_bytes() + (ROOT / "pyproject.toml").read_bytes()).hexdigest()
     listed = lists in (record["lists"].get(level), record["lists"].get("dev"))
     if not (listed and kernels_built(record)):

@@ -4,8 +4,8 @@ memory, spills and instructions to tests/data/triton_resources.json, which tests
     python tools/triton_resources.py                                     # everything; rewrites the data
     python tools/triton_resources.py --only conv --target sm_90 --print  # a look, nothing written
 
-How a kernel gets here: its module, ops/<op>/triton_fwd.py or triton_bwd.py, has a function `aot_cases()` that returns a
-list of calls of its own host functions with meta tensors (shapes and dtypes, no memory).  Their launches are compiled
+How a kernel gets here: its module (any *triton*.py, as ops/<op>/triton_fwd.py) has a function `aot_cases()` that returns
+a list of calls of its own host functions with meta tensors (shapes and dtypes, no memory).  Their launches are compiled
 with the arguments, constants and options that the host function chose, so the table beside the kernel and what is
 measured here cannot differ.  One case for every row of that table, dtype and option that makes another kernel; those
 which need not be in every test run are `slow`, but each kernel has at least one that is not:
@@ -76,8 +76,8 @@ class CompileOnly:
 
 
 def modules() -> list:
-    files = sorted((ROOT / "endomamba" / "ops").glob("*/triton_*.py"))
-    return [importlib.import_module(f"endomamba.ops.{file.parent.name}.{file.stem}") for file in files]
+    files = sorted((ROOT / "endomamba").rglob("*triton*.py"))
+    return [importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts)) for file in files]
 
 
 def kernels() -> set[str]:
@@ -89,12 +89,12 @@ def kernels() -> set[str]:
 
 
 def cases() -> dict:
-    """op/fwd/name -> AotCase."""
+    """ "op/fwd/name" -> AotCase."""
     found = {}
     for module in modules():
-        _, _, op, file = module.__name__.split(".")
+        place = module.__name__.removeprefix("endomamba.ops.").replace(".triton_", "/").replace(".", "/")
         for case in module.aot_cases() if hasattr(module, "aot_cases") else ():
-            name = f"{op}/{file.removeprefix('triton_')}/{case.name}"
+            name = f"{place}/{case.name}"
             assert re.fullmatch(r"[\w-]+", case.name) and name not in found, f"{name}: a bad name or there twice"
             found[name] = case
     return found

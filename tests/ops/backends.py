@@ -52,8 +52,11 @@ def native(op: str):
     return _params(op, "cpu")
 
 
+too_large_interpreted = pytest.mark.skipif(INTERPRET, reason="too large for the interpreter")
+
+
 def slow_interpreted(test):
-    """For a test that the interpreter needs more than a few seconds for."""
+    """For a test that takes the interpreter more than a few seconds."""
     return pytest.mark.slow(test) if INTERPRET else test
 
 

@@ -168,6 +168,7 @@ def test_as_accurate_as_eager(row, dtype, backend):
 
 
 @pytest.mark.slow
+@on.too_large_interpreted
 @compiled
 @pytest.mark.parametrize("n", [1, 3, 16, 33])
 @pytest.mark.parametrize("d", [5, 16, 48, 70])
@@ -195,7 +196,7 @@ def test_every_instruction_set(row, dtype, backend):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(on.INTERPRET, reason="131,073 sequences of 1,024 channels")
+@on.too_large_interpreted
 @compiled
 def test_a01_chunk_state_offsets(backend):
     """b * chunks * d * n beyond 2^31: 8 GiB of saved states; the last row's results are those of the row alone."""
@@ -221,7 +222,7 @@ def test_a01_chunk_state_offsets(backend):
         assert torch.equal(far, alone)
 
 
-@on.slow_interpreted
+@on.too_large_interpreted
 @compiled
 def test_a02_offsets_beyond_32_bits(backend):
     """Two rows that lie 2^31 elements apart in (mostly untouched) memory."""
@@ -297,7 +298,7 @@ def test_a08_repeated_calls_give_the_same_bits(backend):
         assert_bitwise(run(inputs, backend=backend), first)
 
 
-@on.slow_interpreted
+@on.too_large_interpreted
 @compiled
 @pytest.mark.parametrize("constant", ["", "BC"])
 def test_a09_seventy_thousand_channels(constant, backend):
