@@ -4,10 +4,10 @@ memory, spills and instructions to tests/data/triton_resources.json, which tests
     python tools/triton_resources.py                                     # everything; rewrites the data
     python tools/triton_resources.py --only conv --target sm_90 --print  # a look, nothing written
 
-How a kernel gets here: its module (any *triton*.py, as ops/<op>/triton_fwd.py) has a function `aot_cases()` that returns
-a list of calls of its own host functions with meta tensors (shapes and dtypes, no memory).  Their launches are compiled
-with the arguments, constants and options that the host function chose, so the table beside the kernel and what is
-measured here cannot differ.  One case for every row of that table, dtype and option that makes another kernel; those
+How a kernel gets here: its module (any *triton*.py, as ops/<op>/triton_fwd.py) has a function `aot_cases()`.  It
+returns a list of calls of its own host functions with meta tensors (shapes and dtypes, no memory).  Their launches are
+compiled with the arguments, constants and options that the host function chose, so the table beside the kernel and what
+is measured here cannot differ.  One case for every row of that table, dtype and option that makes another kernel; those
 which need not be in every test run are `slow`, but each kernel has at least one that is not:
 
     from .._triton import AotCase, meta
