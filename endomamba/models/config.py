@@ -39,7 +39,7 @@ class EndoMambaConfig:
 
     dynamic_img_size: bool = False  # interpolate the positions for any frame size, instead of refusing it
     hold_position: bool = False  # the published phase test: temporal positions start at 0 in every step
-    use_checkpoint: bool = False  # recompute each block in backward
+    use_checkpoint: bool = False  # recompute each block in backward; model.gradient_checkpointing switches it later
     backend: str = "auto"
 
     def __post_init__(self) -> None:

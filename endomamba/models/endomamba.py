@@ -29,6 +29,7 @@ class EndoMamba(nn.Module):
     def __init__(self, config: EndoMambaConfig):
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = config.use_checkpoint  # may be switched at any time
         c, backend = config.embed_dim, config.backend
         rows, columns = config.grid
         self.patch_embed = PatchEmbed(config.in_channels, c, config.patch_size)
@@ -195,7 +196,7 @@ class EndoMamba(nn.Module):
         return self.pos_drop(tokens.to(self.pos_embed.dtype))
 
     def _run(self, function: Any, *tensors: Tensor | None) -> Any:
-        if self.config.use_checkpoint and torch.is_grad_enabled():
+        if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(function, *tensors, use_reentrant=False)
         return function(*tensors)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..ops import add_rms_norm
 from .mixer import BidirectionalMixer, CausalMixer
+from .precision import KeepsFp32
 
 NORM_EPS = 1e-5
 
@@ -29,10 +30,13 @@ class PatchEmbed(nn.Module):
     def forward(self, video: Tensor) -> Tensor:
         """(b, 3, t, h, w) -> (b, t, patches, c), patches row by row."""
         weight, bias = self.proj.weight, self.proj.bias
-        p = weight.shape[-1]
+        p, dtype = weight.shape[-1], weight.dtype
+        if torch.is_autocast_enabled(video.device.type) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(video.device.type)
         patches = video.unfold(3, p, p).unfold(4, p, p)  # (b, 3, t, h/p, w/p, p, p)
-        patches = patches.permute(0, 2, 3, 4, 1, 5, 6).flatten(4).flatten(2, 3)
-        return F.linear(patches.to(weight.dtype), weight.flatten(1), bias)
+        # Order and dtype in one copy: a clip is the largest tensor outside of the blocks.
+        patches = patches.permute(0, 2, 3, 4, 1, 5, 6).to(dtype, memory_format=torch.contiguous_format)
+        return F.linear(patches.flatten(4).flatten(2, 3), weight.flatten(1), bias)
 
 
 def temporal_positions(frame: Tensor, channels: int) -> Tensor:
@@ -57,8 +61,10 @@ def resize_positions(pos: Tensor, old: tuple[int, int], new: tuple[int, int]) ->
     return torch.cat((extra, image.flatten(2).mT.to(pos.dtype)), dim=1)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(KeepsFp32):
     """residual + row_scale * hidden, and its RMS norm."""
+
+    fp32_parameters = ("weight",)
 
     def __init__(self, channels: int, backend: str):
         super().__init__()
@@ -84,7 +90,7 @@ class DropPath(nn.Module):
         if not self.training or self.rate == 0:
             return None
         keep = 1 - self.rate
-        return torch.rand(rows.shape[0], device=rows.device).lt(keep).float() / keep
+        return torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device).bernoulli_(keep).div_(keep)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:g}"

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import frame_step, mixer_inner
+from .precision import KeepsFp32
 
 
-class CausalMixer(nn.Module):
+class CausalMixer(KeepsFp32):
     """out_proj(scan(conv(in_proj(u)))), forwards; may start from a state."""
+
+    fp32_parameters = ("A_log", "D", "conv1d.weight", "conv1d.bias", "dt_proj.bias")
 
     def __init__(self, channels: int, d: int, n: int, r: int, w: int, backend: str = "auto"):
         super().__init__()
@@ -58,8 +61,13 @@ class CausalMixer(nn.Module):
         return self.out_proj(y)
 
 
-class BidirectionalMixer(nn.Module):
+class BidirectionalMixer(KeepsFp32):
     """out_proj(scan(conv(in_proj(u))) + reversed scan_b(conv_b(in_proj(u)))): the sum of both ways, not its half."""
+
+    fp32_parameters = (
+        *("A_log", "D", "conv1d.weight", "conv1d.bias", "dt_proj.bias"),
+        *("A_b_log", "D_b", "conv1d_b.weight", "conv1d_b.bias", "dt_proj_b.bias"),
+    )
 
     def __init__(self, channels: int, d: int, n: int, r: int, w: int, backend: str = "auto"):
         super().__init__()
