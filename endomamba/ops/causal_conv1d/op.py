@@ -8,11 +8,13 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .._backend import Backend, choose, register
+from .._triton import backend as triton
 from . import native, reference
 
 register(
     "causal_conv1d",
     {
+        "triton": triton(__package__, "causal_conv1d_fwd", "causal_conv1d_bwd"),
         "cpu": Backend(native.causal_conv1d_fwd, native.causal_conv1d_bwd, native.unsupported),
         "reference": Backend(reference.causal_conv1d_fwd, reference.causal_conv1d_bwd, reference.unsupported),
     },
@@ -20,6 +22,7 @@ register(
 register(
     "bidirectional_conv1d",
     {
+        "triton": triton(__package__, "bidirectional_conv1d_fwd", "bidirectional_conv1d_bwd"),
         "cpu": Backend(native.bidirectional_conv1d_fwd, native.bidirectional_conv1d_bwd, native.unsupported),
         "reference": Backend(
             reference.bidirectional_conv1d_fwd, reference.bidirectional_conv1d_bwd, reference.unsupported
