@@ -5,8 +5,8 @@
 
 Each case writes its rows to bench/results/h200_scan.json as it ends, so a run can be cut short and taken up by case.
 mamba-ssm takes its own layout, (b, d, l), made before the clock starts; both ways it is two calls, three flips and an
-add.  Median of interleaved rounds; before each call a 128 MiB buffer is written, so that L2 holds nothing of its inputs,
-and the GPU is kept busy until the host has launched everything.  --graph: calls captured in CUDA graphs instead.
+add.  Median of interleaved rounds; before each call a 128 MiB buffer is written, so L2 holds nothing of its inputs, and
+the GPU is kept busy until the host has launched everything.  --graph: calls captured in CUDA graphs instead.
 --dry-run: tiny shapes on a CPU, to see that every case runs (with TRITON_INTERPRET=1 through the Triton kernels).
 """
 
@@ -392,7 +392,7 @@ def row(part: str, ours: dict, theirs: dict | str | None, bar=None, **more) -> d
 
 def at_most(part: str, ours: float, theirs: float | str | None, bar: float | None, unit: str, **more) -> dict:
     """ratio: ours by theirs; without another side the bar is ours itself."""
-    compared = isinstance(theirs, (int, float))
+    compared = isinstance(theirs, (int, float)) and theirs > 0
     ratio = ours / theirs if compared else None
     return {"part": part, "value": ours, "unit": unit, "theirs": theirs, "ratio": ratio, "at_most": bar} | more
 
@@ -410,7 +410,9 @@ def timed(bench: Bench, b, l, d, n, dtype, both, bars=(None, None), two_calls=Fa
     if no_mamba is None:
         variants["forward"]["mamba"], variants["backward"]["mamba"] = bench.mamba.calls(values)
     if two_calls:
-        variants["forward"]["two calls"], variants["backward"]["two calls"] = our_two_calls(bench, values)
+        two, two_bytes = our_two_calls(bench, values)
+        for part in variants:
+            variants[part]["two calls"] = two[part]
     rows = []
     for (part, calls), bar in zip(variants.items(), bars):
         if part == "backward" and bars != (None, None) and bar is None:
@@ -427,31 +429,38 @@ def timed(bench: Bench, b, l, d, n, dtype, both, bars=(None, None), two_calls=Fa
         if part == "forward":
             rows.append(at_most("forward saving states by not", times["saving states"]["median_us"], ours, None, "us"))
         if two_calls:
-            two = times["two calls"]["median_us"]
+            cost = times["two calls"]["median_us"]
             counts = {name: kernels_of(bench, calls[name]) for name in ("ours", "two calls")}
-            split = sum(operand_bytes(one_side(given, side), [given["z"]]) for side in ("", "_b"))
-            extra = {"kernels": counts, "bytes": {"ours": moved, "two calls": split + 3 * nbytes(given["z"])}}
-            rows.append(at_most(f"{part}, fused by two calls and an add", ours, two, 1.0, "us", **extra))
+            extra = {"kernels": counts, "bytes": {"ours": moved, "two calls": two_bytes[part]}}
+            rows.append(at_most(f"{part}, fused by two calls and an add", ours, cost, 1.0, "us", **extra))
     return rows
-
-
-def nbytes(t: torch.Tensor) -> int:
-    return t.numel() * t.element_size()
 
 
 def one_side(values: dict, side: str) -> dict:
     return {k: values[k + side] for k in SIDE} | {k: values[k] for k in ("z", "dy") if k in values}
 
 
-def our_two_calls(bench: Bench, values: dict) -> tuple[Callable, Callable]:
-    """Both ways by our own one-way op: two calls and an add (of y; in the backward of dz)."""
-    first, _, first_back = prepared(one_side(values, ""), backend=bench.backend)
-    second, _, second_back = prepared(one_side(values, "_b"), backend=bench.backend, reverse=True)
-    dz = gradients(one_side(values, "")).index("z")
-    return (
-        lambda: first()[0] + second()[0],
-        lambda: (grads := first_back(), other := second_back(), grads[dz] + other[dz]),
-    )
+def our_two_calls(bench: Bench, values: dict) -> tuple[dict[str, Callable], dict[str, int]]:
+    """Both ways by our own one-way op: two calls and an add (of y; in the backward of dz); and the bytes they move."""
+    sides = one_side(values, ""), one_side(values, "_b")
+    first, _, first_back = prepared(sides[0], backend=bench.backend)
+    second, _, second_back = prepared(sides[1], backend=bench.backend, reverse=True)
+    dz = gradients(sides[0]).index("z")
+
+    def forward():
+        return first()[0] + second()[0]
+
+    def backward():
+        found, other = first_back(), second_back()
+        return found[dz] + other[dz]
+
+    added = 3 * values["z"].numel() * values["z"].element_size()
+    inputs = [{k: v for k, v in side.items() if k != "dy"} for side in sides]
+    moved = {
+        "forward": added + operand_bytes(inputs[0], first()) + operand_bytes(inputs[1], second()),
+        "backward": added + operand_bytes(sides[0], first_back()) + operand_bytes(sides[1], second_back()),
+    }
+    return {"forward": forward, "backward": backward}, moved
 
 
 def one_token(bench: Bench, b: int) -> list[dict]:
