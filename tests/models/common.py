@@ -5,8 +5,11 @@ from torch import Tensor
 
 from endomamba.models import EndoMamba, StreamState, create_model
 from endomamba.ops import backend_info
+from tests.ops.backends import DEVICE, NAMES
 
-BACKENDS = [name for name in ("cpu", "reference") if not backend_info()["mixer_inner"][name]]
+BACKENDS = [name for name in NAMES if not backend_info(DEVICE)["mixer_inner"][name]]
+# Frames, clips and streams give matrix products of other sizes, for which a GPU takes kernels that sum in other orders.
+ROUNDING = 1 if DEVICE == "cpu" else 4
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 4, "num_classes": 3}
 
 
@@ -15,11 +18,11 @@ def awake(model: EndoMamba, seed: int = 0) -> EndoMamba:
 
     The dt projections stay as `dt_init` made them.
     """
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator("cpu").manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith(("in_proj.weight", "x_proj.weight", "x_proj_b.weight", "out_proj.weight", "head.weight")):
-                p.copy_(torch.randn(p.shape, generator=g) / p.shape[1] ** 0.5)
+                p.copy_(torch.randn(p.shape, generator=g, device="cpu").to(DEVICE) / p.shape[1] ** 0.5)
     return model.eval()
 
 
@@ -31,8 +34,8 @@ def long_memory(**options) -> EndoMamba:
 
 
 def make_video(model: EndoMamba, b: int = 1, t: int = 4, seed: int = 1) -> Tensor:
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(b, model.config.in_channels, t, *model.config.size, generator=g)
+    g = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(b, model.config.in_channels, t, *model.config.size, generator=g, device="cpu").to(DEVICE)
 
 
 @torch.no_grad()
@@ -50,4 +53,5 @@ def assert_close(name: str, got: Tensor, expected: Tensor, tolerance: float) -> 
     assert got.shape == expected.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(expected.shape)}"
     if got.numel():
         error = (got - expected).abs().max().item()
-        assert error <= tolerance, f"{name}: off by {error:.2e}, the bar is {tolerance:.0e}"  # NaN fails too
+        bar = ROUNDING * tolerance
+        assert error <= bar, f"{name}: off by {error:.2e}, the bar is {bar:.0e}"  # NaN fails too

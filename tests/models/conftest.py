@@ -1,6 +1,12 @@
 import pytest
 import torch
 
+from tests.ops.backends import DEVICE
+
+# Here, before the test modules are imported: their tables hold tensors, and models are made where the tensors are.
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
+
 
 @pytest.fixture(autouse=True)
 def one_thread():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.models.common import BACKENDS, assert_close, long_memory, make_video
+from tests.ops.backends import generator
 
 TOLERANCE = 2e-6
 
@@ -42,7 +43,7 @@ def test_each_parameter_of_the_backward_direction_counts(backend):
     """In forward, in step and in step_: whatever a backward scan has of its own moves the output."""
     model = long_memory(backend=backend)
     video = make_video(model, t=2)
-    g = torch.Generator().manual_seed(7)
+    g = generator(7)
 
     def run():
         with torch.no_grad():
@@ -79,7 +80,7 @@ def test_reversed_tokens_and_swapped_directions_reverse_the_output():
             if pair:
                 swapped.state_dict()[pair[0]].copy_(weights[pair[1]])
                 swapped.state_dict()[pair[1]].copy_(weights[pair[0]])
-    u = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(2))
+    u = torch.randn(2, 7, 16, generator=generator(2))
     with torch.no_grad():
         out = mixer(u)
         assert (mixer(u.flip(1)).flip(1) - out).abs().max() > 1e-2, "both directions have the same weights"

@@ -44,6 +44,16 @@ def test_compile_training_with_checkpointing():
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_compiled_checkpointing_gives_the_same_gradients():
+    model = long_memory(drop_path_rate=0.0).train()
+    video = make_video(model, b=2)
+    expected = torch.autograd.grad(model(video).square().sum(), (*model.parameters(),))
+    model.gradient_checkpointing = True
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for got, want in zip(torch.autograd.grad(compiled(video).square().sum(), (*model.parameters(),)), expected):
+        assert_close("gradient", got, want, 1e-5 * want.abs().max().item())
+
+
 def test_compile_steps_without_recompiling():
     """One graph serves every frame after the first; the frame number is data, not a constant of the graph."""
     model = long_memory()

@@ -18,6 +18,7 @@ from endomamba.models import (
 from endomamba.models import endomamba as endomamba_module
 from endomamba.models.layers import DropPath, SpatialBlock, TemporalBlock, resize_positions
 from tests.models.common import BACKENDS, TINY, assert_close, awake, long_memory, make_video
+from tests.ops.backends import DEVICE
 
 
 def parameters(model):
@@ -241,8 +242,7 @@ def test_rectangular_frames():
 
 def test_dynamic_image_size():
     model = long_memory(dynamic_img_size=True)
-    g = torch.Generator().manual_seed(1)
-    video = torch.randn(1, 3, 2, 24, 32, generator=g)
+    video = torch.randn(1, 3, 2, 24, 32)
     fixed = long_memory(img_size=(24, 32))
     weights = dict(model.state_dict())
     weights["pos_embed"] = resize_positions(model.pos_embed.detach(), (2, 2), (3, 4))
@@ -290,7 +290,7 @@ def test_autocast_keeps_residual_and_state_in_fp32():
     with torch.no_grad():
         exact = model(video)
         residuals.clear()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             out, state = model(video), model.step(video, model.init_state(1))[1]
     assert residuals[:4] == [(torch.bfloat16, torch.float32)] * 4
     assert state.ssm.dtype == state.conv.dtype == torch.float32
@@ -314,8 +314,10 @@ def test_drop_path_acts_in_training_only():
         assert len({model(video).sum().item() for _ in range(8)}) > 1
 
 
-def gradients_and_calls(use_checkpoint):
-    model = long_memory(use_checkpoint=use_checkpoint, drop_path_rate=0.4).train()
+def gradients_and_calls(switch, autocast):
+    model = long_memory(use_checkpoint=switch == "config", drop_path_rate=0.4).train()
+    if switch == "attribute":
+        model.gradient_checkpointing = True
     calls, saved = [], 0
 
     def pack(t):
@@ -326,20 +328,35 @@ def gradients_and_calls(use_checkpoint):
     for block in model.layers:
         block.mixer.in_proj.register_forward_hook(lambda *_: calls.append(1))
     torch.manual_seed(3)  # the same rows are dropped, in the recomputation too
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = model(make_video(model, b=4)).square().sum()
+    video = make_video(model, b=4)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), autocast:
+        loss = model(video[:, :, :2]).float().square().sum()
+        out, _ = model.step(video[:, :, 2:], model.init_state(4))
+        loss = loss + out.float().square().sum()
     loss.backward()
-    return [p.grad for p in model.parameters()], len(calls), saved
+    return [loss.detach(), *(p.grad for p in model.parameters())], len(calls), saved
 
 
-def test_gradient_checkpointing_recomputes():
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("switch", ["config", "attribute"])
+def test_gradient_checkpointing_recomputes(switch, autocast):
     """The published code stores the flag and never uses it."""
-    plain, calls, saved = gradients_and_calls(use_checkpoint=False)
-    again, calls_again, saved_again = gradients_and_calls(use_checkpoint=True)
-    assert calls == 4 and calls_again == 8, "every block runs once more in backward"
+    autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=autocast)
+    plain, calls, saved = gradients_and_calls(None, autocast)
+    again, calls_again, saved_again = gradients_and_calls(switch, autocast)
+    assert calls == 8 and calls_again == 16, "every block runs once more in backward"
     assert saved_again < saved / 2, f"saves {saved_again} numbers instead of {saved}"
     for got, expected in zip(again, plain):
         assert torch.equal(got, expected)
+
+
+def test_gradient_checkpointing_leaves_inference_alone():
+    model = long_memory(use_checkpoint=True)
+    calls = []
+    model.layers[0].mixer.in_proj.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        model(make_video(model))
+    assert len(calls) == 1
 
 
 def test_a_few_steps_of_training_learn():
@@ -423,7 +440,7 @@ def test_unknown_option():
         (torch.zeros(1, 3, 0, 16, 16), r"video must be \(b, 3, t, 16, 16\) with t >= 1, got \(1, 3, 0, 16, 16\)$"),
         (torch.zeros(3, 2, 16, 16), r"video must be \(b, 3, t, 16, 16\) with t >= 1, got \(3, 2, 16, 16\)$"),
         (torch.zeros(1, 3, 2, 16, 16, dtype=torch.uint8), "video must be normalised floating point, got torch.uint8$"),
-        (torch.zeros(1, 3, 2, 16, 16, device="meta"), "video is on meta, the model on cpu$"),
+        (torch.zeros(1, 3, 2, 16, 16, device="meta"), f"video is on meta, the model on {DEVICE}"),
     ],
     ids=["size", "channels", "frames", "ndim", "dtype", "device"],
 )

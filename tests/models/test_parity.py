@@ -8,13 +8,14 @@ from safetensors.torch import load_file
 
 from endomamba.models import EndoMamba, create_model, layers, mixer
 from tests.models.common import BACKENDS, assert_close
+from tests.ops.backends import DEVICE
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "endomamba_d48_depth6.safetensors"
 
 
 @pytest.fixture(scope="module")
 def golden():
-    return load_file(GOLDEN)
+    return load_file(GOLDEN, device=DEVICE)
 
 
 def golden_model(golden, backend):

@@ -18,11 +18,12 @@ from tests.models.test_parity import (
     plant_position_not_advanced,
     plant_ssm_state_dropped,
 )
+from tests.ops.backends import DEVICE
 
 
 @pytest.fixture(scope="module")
 def golden():
-    return load_file(GOLDEN)
+    return load_file(GOLDEN, device=DEVICE)
 
 
 def frame_step_without(index):

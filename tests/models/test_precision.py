@@ -8,6 +8,7 @@ import torch
 from tests.models.common import BACKENDS, assert_close, assert_state_matters, long_memory, make_video
 from tests.models.test_chunks import reads_its_memory
 from tests.models.test_streaming import STREAM
+from tests.ops.backends import DEVICE
 
 EPS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # unit roundoff
 HALVES = pytest.mark.parametrize("dtype", EPS, ids=["bf16", "fp16"])
@@ -39,7 +40,7 @@ def test_autocast_forward_backward(backend, dtype):
     model = long_memory(backend=backend)
     video = make_video(model, b=2)
     exact = forward_backward(model, video)
-    got = forward_backward(model, video, torch.autocast("cpu", dtype))
+    got = forward_backward(model, video, torch.autocast(DEVICE, dtype))
     assert got[0].dtype == dtype
     assert_near(model, got, exact, dtype)
 
@@ -57,6 +58,34 @@ def test_weights_of_low_precision(backend, dtype):
     assert torch.equal(model(video.float()), got[0])
 
 
+FP32 = ("A_log", "A_b_log", ".D", ".D_b", "dt_proj.bias", "dt_proj_b.bias", "norm.weight", "norm_f.weight")
+FP32 += tuple(f"{conv}.{name}" for conv in ("conv1d", "conv1d_b") for name in ("weight", "bias"))
+
+
+@pytest.mark.parametrize("cast", ["to", "method", "from fp64", "twice"])
+@HALVES
+def test_what_the_ops_read_in_fp32_stays_fp32(dtype, cast):
+    """Exactly, gradients too; every other parameter is cast, and a cast upwards casts all."""
+    model, before = long_memory(), dict(long_memory().named_parameters())
+    model(make_video(model)).sum().backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    if cast == "from fp64":
+        model.double()
+        assert all(p.dtype == torch.float64 for p in model.parameters())
+    if cast == "twice":
+        model.bfloat16().half()
+    _ = {torch.bfloat16: model.bfloat16, torch.float16: model.half}[dtype]() if cast == "method" else model.to(dtype)
+    kept = [name for name in before if name.endswith(FP32)]
+    assert len(kept) == 2 * (10 + 5) + 4 + 1
+    for name, p in model.named_parameters():
+        assert p.dtype == p.grad.dtype == (torch.float32 if name in kept else dtype), name
+        if name in kept:
+            assert torch.equal(p, before[name]) and torch.equal(p.grad, grads[name]), name
+    assert all(p.dtype == torch.float32 for p in model.float().parameters())
+    assert all(p.is_meta for p in model.to("meta", dtype).parameters())
+    assert model.norm_f.weight.dtype == torch.float32
+
+
 @HALVES
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("autocast", [False, True], ids=["weights", "autocast"])
@@ -66,7 +95,7 @@ def test_streams_of_low_precision(backend, dtype, autocast):
     video = make_video(model, t=4)
     if not autocast:
         model.to(dtype)
-    context = torch.autocast("cpu", dtype) if autocast else contextlib.nullcontext()
+    context = torch.autocast(DEVICE, dtype) if autocast else contextlib.nullcontext()
     with torch.no_grad(), context:
         whole = model(video)
         state, in_place, parts, parts_ = model.init_state(1), model.init_state(1), [], []
@@ -85,7 +114,7 @@ def test_streams_of_low_precision(backend, dtype, autocast):
 def test_gradients_through_a_low_precision_stream(backend):
     model = long_memory(backend=backend)
     video = make_video(model, t=4)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         _, state = model.step(video[:, :, :3], model.init_state(1))
         out, _ = model.step(video[:, :, 3:], state)
     out.float().square().sum().backward()

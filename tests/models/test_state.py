@@ -10,6 +10,7 @@ from torch.utils import _pytree
 
 from endomamba.models import StreamState, create_model
 from tests.models.common import long_memory, make_video
+from tests.ops.backends import DEVICE
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,7 @@ def test_save_and_load(model, state, tmp_path):
     path = tmp_path / "camera.safetensors"
     state.save(path)
     assert [p.name for p in tmp_path.iterdir()] == ["camera.safetensors"]
-    loaded = StreamState.load(path)
+    loaded = StreamState.load(path, device=DEVICE)
     assert loaded.model == state.model
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(tensors(loaded), tensors(state)))
     with torch.no_grad():
@@ -183,7 +184,8 @@ def test_state_of_another_batch(model, state):
 
 def test_state_of_another_device(model):
     message = refusal(model, make_video(model), model.init_state(1, device="meta"))
-    assert message == "EndoMamba: state.conv is on meta, the model on cpu: call state.to('cpu')"
+    device = model.pos_embed.device
+    assert message == f"EndoMamba: state.conv is on meta, the model on {device}: call state.to('{device}')"
 
 
 @pytest.mark.parametrize("field", ["conv", "ssm"])
