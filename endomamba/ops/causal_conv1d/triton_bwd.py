@@ -11,26 +11,25 @@ import triton.language as tl
 from .._triton import ASM, on_device
 from .._triton_math import sigmoid
 from .triton_fwd import (
-    ROWS,
     advance,
     at,
     begin,
     column_mask,
     contiguous,
     convolve,
+    cut,
     load,
     load_before,
     locate,
     parameters,
     rows,
-    split,
     strides,
 )
 
-# both directions? -> tokens of x and dy that a walker loads at once, bytes of one that a lane loads: registers decide
-LAUNCH = {False: (4, 16), True: (4, 8)}
-# tile of the second kernel
-BLOCK_GROUPS, BLOCK_CHANNELS = 128, 32
+# both directions? -> tokens that a walker loads at once, channels of a lane (at most 16 bytes), walkers of a program.
+# bf16, w = 4: 126 and 244 registers a thread, no spills; 8 channels take 240 and spill.
+LAUNCH = {False: (6, 4, 4), True: (4, 4, 4)}
+BLOCK_GROUPS, BLOCK_CHANNELS = 128, 32  # tile of the second kernel
 
 
 @triton.jit
@@ -133,9 +132,7 @@ def _conv1d_bwd_kernel(
         dinitial = rows(dinitial_ptr, sequence, channel, (W - 1) * d, 1)
     if dfinal_ptr is not None:
         dfinal = rows(dfinal_ptr, sequence, channel, (W - 1) * d, 1)
-    steps = chunk + W - 1
-    if cu_ptr is not None:
-        steps = tl.max(own) + W - 1
+    steps = tl.max(own) + W - 1
 
     zero = tl.zeros((ROWS, BLOCK_D), tl.float32)
     window, g, g_b, sums, sums_b = (), (), (), (zero,), (zero,)  # [ROWS, BLOCK_D] each
@@ -243,8 +240,8 @@ def _launch(x, dx, direction, direction_b, gradients, gradients_b, states, cu_se
     weight, _, dy = direction
     weight_b, _, dy_b = direction_b
     width, both = weight.shape[1], weight_b is not None
-    tokens, lane_bytes = LAUNCH[both]
-    sizes, groups, block = split(x, cu_seqlens, tokens, lane_bytes, width - 1)
+    tokens, _, walkers = LAUNCH[both]
+    sizes, groups, block = cut(x, cu_seqlens, width, width - 1, *LAUNCH[both])
     _, l, d = x.shape
     if d == 0:
         return
@@ -270,12 +267,12 @@ def _launch(x, dx, direction, direction_b, gradients, gradients_b, states, cu_se
                 W=width,
                 SILU=silu,
                 REVERSE=reverse,
-                ROWS=ROWS,
+                ROWS=walkers,
                 BLOCK_D=block,
                 EVEN_D=d % block == 0,
                 TOKENS=tokens,
                 ASM=ASM,
-                num_warps=ROWS,
+                num_warps=walkers,
             )
         _conv1d_sum_kernel[(rows * triton.cdiv(d, BLOCK_CHANNELS),)](
             partial,

@@ -5,17 +5,25 @@ Letters: b sequences, l tokens, d channels, w taps; k counts steps of the walk, 
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 
 from .._triton import ASM, on_device
 from .._triton_math import sigmoid
 
-ROWS = 4  # walkers of a program, a warp each
-CHUNKS = (64, 32, 16)  # steps of a walker: the first that makes WALKERS of them; each reads w - 1 tokens of the next
-WALKERS = 2048  # 16 on each of 132 multiprocessors
-# both directions? -> tokens of x that a walker loads at once, bytes of one that a lane loads
-LAUNCH = {False: (8, 16), True: (4, 16)}
+# both directions? -> tokens that a walker loads at once, channels of a lane (at most 16 bytes), walkers of a program.
+# bf16, w = 4: 128 and 96 registers a thread, no spills.
+LAUNCH = {False: (8, 8, 1), True: (8, 4, 1)}
+CHUNKS = (
+    64,
+    32,
+    16,
+)  # most steps of a walker: the first that makes WALKERS of them; each reads w - 1 tokens of the next
+WALKERS = 4096  # 31 on each of 132 multiprocessors
+BEGINNING = 4  # instructions before a walker's first step, in steps
+WIDE = 4  # more taps than that need more registers: half the channels a lane
 
 
 @triton.jit
@@ -190,9 +198,7 @@ def _conv1d_fwd_kernel(
     x_walk = begin(x_ptr, row, start, first, length, channel, stride_x_b, stride_x_l, stride_x_d, frames, REVERSE)
     y_walk = begin(y_ptr, row, start, first, length, channel, l.to(tl.int64) * d, d, 1, frames, REVERSE)
     taps, bias = parameters(weight_ptr, bias_ptr, channel, d, W)
-    steps = chunk
-    if cu_ptr is not None:
-        steps = tl.max(own)
+    steps = tl.max(own)
     if weight_b_ptr is not None:
         taps_b, bias_b = parameters(weight_b_ptr, bias_b_ptr, channel, d, W)
         y_b_walk = begin(y_b_ptr, row, start, first, length, channel, l.to(tl.int64) * d, d, 1, frames, REVERSE)
@@ -237,29 +243,27 @@ def _conv1d_fwd_kernel(
             y_b_walk = advance(y_b_walk, TOKENS, frames)
 
 
-def split(x, cu_seqlens, tokens, lane_bytes, halo):
-    """How a call is cut: the kernel's (sequences, chunk, chunks, search), groups of walkers, channels of a walker.
+@functools.lru_cache(1024)
+def split(b, l, d, packed, itemsize, halo, tokens, lane, walkers):
+    """How a call is cut: the kernel's (sequences, chunk, chunks, search), programs a block of channels, that block.
 
-    A walker goes chunk + halo steps, a multiple of `tokens`.
+    packed: the sequences in one row of l tokens, or None.  A walker goes chunk + halo steps, a multiple of `tokens`;
+    of all such chunks the one with the least work.
     """
-    b, l, d = x.shape
-    block = 32 * lane_bytes // x.element_size()
+    block = 32 * min(lane, 16 // itemsize)
     if block > 128 and -d % block != -d % 128:
         block = 128  # fewer idle lanes
-    blocks = triton.cdiv(d, block)
     for longest in CHUNKS:
-        chunks = max(1, triton.cdiv(l, longest))
-        if b * chunks * blocks >= WALKERS:
+        if b * triton.cdiv(l, longest) * triton.cdiv(d, block) >= WALKERS:
             break
-    chunk = max(1, triton.cdiv(triton.cdiv(l, chunks) + halo, tokens) * tokens - halo)
-    if cu_seqlens is None:
-        sequences, chunks, search = b, max(1, triton.cdiv(l, chunk)), 0
-        walkers = sequences * chunks
-    else:
-        sequences = cu_seqlens.shape[0] - 1
-        chunks, search = 0, sequences.bit_length()
-        walkers = l // chunk + sequences if sequences else 0
-    return (sequences, chunk, chunks, search), triton.cdiv(walkers, ROWS), block
+    ends = [max(tokens, longest // tokens * tokens) - i * tokens for i in range(longest // tokens // 2 + 1)]
+    chunks = [end - halo for end in ends if end > halo] or [tokens * triton.cdiv(halo + 1, tokens) - halo]
+    chunk = min(chunks, key=lambda chunk: triton.cdiv(l, chunk) * (chunk + halo + BEGINNING))
+    if packed is None:
+        chunks = max(1, triton.cdiv(l, chunk))
+        return (b, chunk, chunks, 0), triton.cdiv(b * chunks, walkers), block
+    programs = triton.cdiv(l // chunk + packed, walkers) if packed else 0
+    return (packed, chunk, 0, packed.bit_length()), programs, block
 
 
 def strides(x):
@@ -273,15 +277,22 @@ def contiguous(*tensors):
     return [t if t is None else t.contiguous() for t in tensors]
 
 
+def cut(x, cu_seqlens, width, halo, tokens, lane, walkers):
+    if width > WIDE:
+        lane //= 2
+    packed = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return split(*x.shape, packed, x.element_size(), halo, tokens, lane, walkers)
+
+
 def _launch(x, direction, direction_b, states, cu_seqlens, silu, reverse, frames):
-    width, both = direction[0].shape[1], direction_b[0] is not None
-    tokens, lane_bytes = LAUNCH[both]
-    sizes, groups, block = split(x, cu_seqlens, tokens, lane_bytes, width - 1 if both else 0)
     _, l, d = x.shape
-    if groups == 0 or d == 0:
+    width, both = direction[0].shape[1], direction_b[0] is not None
+    tokens, _, walkers = LAUNCH[both]
+    sizes, programs, block = cut(x, cu_seqlens, width, width - 1 if both else 0, *LAUNCH[both])
+    if programs == 0 or d == 0:
         return
     with on_device(x):
-        _conv1d_fwd_kernel[(groups * triton.cdiv(d, block),)](
+        _conv1d_fwd_kernel[(programs * triton.cdiv(d, block),)](
             x,
             *direction,
             *direction_b,
@@ -295,12 +306,12 @@ def _launch(x, direction, direction_b, states, cu_seqlens, silu, reverse, frames
             W=width,
             SILU=silu,
             REVERSE=reverse,
-            ROWS=ROWS,
+            ROWS=walkers,
             BLOCK_D=block,
             EVEN_D=d % block == 0,
             TOKENS=tokens,
             ASM=ASM,
-            num_warps=ROWS,
+            num_warps=walkers,
         )
 
 
