@@ -132,13 +132,14 @@ def run(
     return results | {f"d{name}": grad for name, grad in zip(inputs, grads, strict=True)}
 
 
-def assert_accurate(case: Case, backend: str, both: bool = False) -> None:
+def assert_accurate(case: Case, backend: str, both: bool = False) -> dict[str, Tensor]:
     tensors = make(case, both)
     got = run(case, tensors, backend, both)
     eager = run(case, tensors, "reference", both)
     truth = run(case, {k: None if t is None else t.double() for k, t in tensors.items()}, "reference", both)
     for name in got:
         assert_as_accurate_as_eager(f"{case} {name}", got[name], eager[name], truth[name])
+    return got
 
 
 def assert_same_bits(got: dict[str, Tensor], expected: dict[str, Tensor], backend: str = "cpu") -> None:
@@ -227,6 +228,7 @@ def test_gradcheck_both(case):
 # --- kernels against the truth -------------------------------------------------------------------------------------
 
 BASE = Case()
+MANY = replace(BASE, b=300, l=2, d=3)  # more sequences than groups of eight
 CASES = [
     BASE,
     *(replace(BASE, dtype=dtype) for dtype in ("bf16", "fp16")),
@@ -239,7 +241,7 @@ CASES = [
     replace(BASE, d=1),
     replace(BASE, d=70),  # two tasks, the last vector cut short on every instruction set
     replace(BASE, b=19, l=3),  # three groups of sequences in the sums of dweight
-    replace(BASE, b=300, l=2, d=3),  # more sequences than groups of eight
+    MANY,
     replace(BASE, w=3, d=70, dtype="bf16"),
     replace(BASE, lengths=(0, 1, 2, 3, 9, 4)),
     replace(BASE, lengths=(5, 0, 1), reverse=True, dtype="fp16"),
@@ -248,13 +250,13 @@ CASES = [case for case in CASES if case.dtype in DTYPES]
 
 
 @compiled
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", on.rows(CASES, slow=[MANY]), ids=str)
 def test_accuracy(case, backend):
     assert_accurate(case, backend)
 
 
 @compiled
-@pytest.mark.parametrize("case", [c for c in CASES if c.states and not c.reverse], ids=str)
+@pytest.mark.parametrize("case", on.rows([c for c in CASES if c.states and not c.reverse], slow=[MANY]), ids=str)
 def test_accuracy_both(case, backend):
     assert_accurate(case, backend, both=True)
 
@@ -275,6 +277,7 @@ def test_every_length(length, states, backend):
     assert_accurate(Case(l=length, d=17), backend, both=True)
 
 
+@on.slow_interpreted
 @compiled
 @pytest.mark.parametrize("length", [1023, 1024, 1025, 1026])
 @pytest.mark.parametrize("states", [True, False], ids=["states", "no_states"])
@@ -547,6 +550,78 @@ def test_thread_count_changes_no_bit(both, backend):
         torch.set_num_threads(before)
     for other in results[1:]:
         assert_same_bits(other, results[0])
+
+
+# --- how Triton cuts a call into walkers ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def longest(monkeypatch):
+    """Sets the longest walker, which tests are too small to reach."""
+    fwd = pytest.importorskip("endomamba.ops.causal_conv1d.triton_fwd")
+
+    def use(steps: int) -> None:
+        monkeypatch.setattr(fwd, "CHUNKS", (steps,))
+        fwd.split.cache_clear()
+
+    yield use
+    fwd.split.cache_clear()
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    "case",
+    [Case(b=1, l=67), Case(b=1, l=70, reverse=True, frames=7, dtype=HALF), Case(lengths=(3, 0, 70, 16))],
+    ids=str,
+)
+@pytest.mark.parametrize("both", [False, True], ids=["one", "both"])
+def test_walkers_of_any_length(case, both, longest):
+    if both:
+        case = replace(case, reverse=False)
+    tensors = make(case, both)
+    longest(16)
+    short = run(case, tensors, "triton", both)
+    longest(64)
+    long = assert_accurate(case, "triton", both)
+    assert_same_bits(short, long, "triton")
+    assert_same_bits(run(case, tensors, "triton", both), long)  # the same call: parameters' gradients too
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("halo", [0, 3, 40])
+@pytest.mark.parametrize("tokens", [1, 4, 7])
+def test_walkers_reach_every_step(halo, tokens):
+    split = pytest.importorskip("endomamba.ops.causal_conv1d.triton_fwd").split
+    for b in (1, 3, 5000):
+        for l in (0, 1, 15, 16, 17, 197, 5000):
+            (sequences, chunk, chunks, _), programs, _ = split(b, l, 768, None, 2, halo, tokens, 4, 4)
+            assert sequences == b and chunk >= 1 and chunks * chunk >= l and programs * 4 >= b * chunks
+            assert (chunk + halo) % tokens == 0
+    for ends in ((0,), (0, 0), (0, 5, 5, 9), (0, 100, 101, 101, 300), (0, 16, 32, 64)):
+        packed = len(ends) - 1
+        (_, chunk, _, search), programs, _ = split(1, ends[-1], 768, packed, 2, halo, tokens, 4, 1)
+        first = [end // chunk + s for s, end in enumerate(ends)]
+        assert programs == (first[-1] if packed else 0) and 2**search >= packed
+        for s in range(packed):
+            assert first[s + 1] - first[s] >= max(1, -(-(ends[s + 1] - ends[s]) // chunk))
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+@pytest.mark.skipif(on.DEVICE != "cuda", reason="8 GB of a GPU")
+def test_offsets_beyond_32_bits():
+    far = 2**31 + 16
+    wide = torch.zeros(far + 9 * 24, dtype=torch.bfloat16)
+    t, t2 = make(Case(dtype="bf16")), make(Case(dtype="bf16"), both=True)
+    x = wide.as_strided(t["x"].shape, (far, 24, 1)).copy_(t["x"])
+    assert_same_bits(run(Case(), {**t, "x": x}, "triton"), run(Case(), t, "triton"))
+    x.copy_(t2["x"])
+    assert_same_bits(run(Case(), {**t2, "x": x}, "triton", True), run(Case(), t2, "triton", True))
+    rows = torch.zeros(1, 3, far // 2, dtype=torch.bfloat16)
+    x = rows[:, :, :24].copy_(t["x"][:1, :3])
+    case = Case(b=1, l=3, dtype="bf16", reverse=True)
+    t = {k: v[:1, :3] if k in ("x", "dy") else v[:1] if v is not None and v.ndim == 3 else v for k, v in t.items()}
+    assert_same_bits(run(case, {**t, "x": x}, "triton"), run(case, t, "triton"))
 
 
 # --- the op as torch sees it ---------------------------------------------------------------------------------------

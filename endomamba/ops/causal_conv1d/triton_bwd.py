@@ -38,7 +38,7 @@ def slope(dy, bias, taps, window, W: tl.constexpr, MIRROR: tl.constexpr, SILU: t
     if SILU:
         p = convolve(bias, taps, window, W, MIRROR)
         s = sigmoid(p, ASM)
-        dy *= s * (1.0 + p * (1.0 - s))
+        dy *= s * tl.fma(p, 1.0 - s, 1.0)
     return dy
 
 
@@ -47,7 +47,7 @@ def accumulate(sums, g, window, W: tl.constexpr, MIRROR: tl.constexpr):
     """Adds one step to the sums of dweight, oldest tap first, and of dbias."""
     new = ()
     for j in tl.static_range(W):
-        new = new + (sums[j] + g * window[W - 1 - j if MIRROR else j],)
+        new = new + (tl.fma(g, window[W - 1 - j if MIRROR else j], sums[j]),)
     return new + (sums[W] + g,)
 
 
@@ -164,21 +164,22 @@ def _conv1d_bwd_kernel(
                 sums = accumulate(sums, tl.where(i + t < own, now, 0.0), window, W, False)
                 g = g + (now,)
                 for j in tl.static_range(W):
-                    dx += taps[j] * g[W - 1 - j]
+                    dx = tl.fma(taps[j], g[W - 1 - j], dx)
                 g = g[1:]
             if dy_b_ptr is not None:
                 now = slope(dys_b[t], bias_b, taps_b, window, W, True, SILU, ASM)
                 sums_b = accumulate(sums_b, tl.where(complete, now, 0.0), window, W, True)
                 g_b = g_b + (now,)
                 for j in tl.static_range(W):
-                    dx += taps_b[j] * g_b[j]
+                    dx = tl.fma(taps_b[j], g_b[j], dx)
                 g_b = g_b[1:]
             if dfinal_ptr is not None:
                 after = mask & active & (k >= length) & (k < length + W - 1)
                 dx += tl.load(dfinal + (k - length).to(tl.int64) * d, mask=after, other=0.0)
             tl.store(at(dx_walk, t - (W - 1), k - (W - 1), length, frames, REVERSE), dx, mask=mask & complete)
             if initial_ptr is not None:
-                tl.store(dinitial + k.to(tl.int64) * d, dx, mask=mask & active & (k < W - 1))
+                before = mask & active & (first == 0) & (k < W - 1)
+                tl.store(dinitial + k.to(tl.int64) * d, dx, mask=before)
             window = window[1:]
         x_walk, dx_walk = advance(x_walk, TOKENS, frames), advance(dx_walk, TOKENS, frames)
         if dy_ptr is not None:

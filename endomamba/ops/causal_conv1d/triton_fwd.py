@@ -146,7 +146,7 @@ def convolve(bias, taps, window, W: tl.constexpr, MIRROR: tl.constexpr):
     """bias + the taps, from the oldest token of the walk to the newest.  MIRROR: the window lies backwards."""
     acc = bias
     for j in tl.static_range(W):
-        acc += taps[j] * window[W - 1 - j if MIRROR else j]
+        acc = tl.fma(taps[j], window[W - 1 - j if MIRROR else j], acc)
     return acc
 
 
