@@ -175,7 +175,9 @@ ROWS = [
     replace(BASE, shape=(20, 70, 3)),  # more rows than groups of eight
     replace(BASE, shape=(2, 3, 4100)),  # wider than the registers of a GPU's program
 ]
-MANY_ROWS = replace(BASE, shape=(16, 600, 384), dtype=HALF)  # each of the 2,048 partial sums of dweight has five
+MANY_ROWS = replace(
+    BASE, shape=(16, 600, 384), dtype=HALF
+)  # on a GPU the partial sums of dweight are at their most, of five rows each
 CASES = ROWS + [replace(case, layer=True) for case in ROWS] + [replace(BASE, layer=True, bias=False)]
 CASES = [case for case in CASES if case.dtype in DTYPES] + ([] if on.INTERPRET else [MANY_ROWS])  # two minutes there
 

@@ -9,23 +9,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import on_device
-from .triton_fwd import WIDE, as_rows, block, row_offsets, row_strides
+from .._triton import AotCase, meta, on_device
+from .triton_fwd import WIDE, aot_options, as_rows, block, row_offsets, row_strides
 
-# BLOCK_C: (rows of one step, warps); sums along a row are shuffles up to 512 channels, as in forward.
+# BLOCK_C: (rows of one step, warps, programs at most).  Sums along a row are shuffles up to 512 channels, as forward.
+# Each program has one partial sum of dweight and dbias.  Their number fits what 128 processors hold at once: 16 warps
+# each at the 128 registers that a row of 512 channels needs, 32 with half of them.
 LAUNCH = {
-    16: (16, 1),
-    32: (8, 1),
-    64: (8, 1),
-    128: (4, 1),
-    256: (2, 1),
-    512: (1, 1),  # c = 384, bf16, sm_90: 116 registers; in two warps each sum would wait at a barrier
-    1024: (1, 2),
-    2048: (1, 4),
-    4096: (1, 8),
+    16: (16, 1, 4096),
+    32: (8, 1, 4096),
+    64: (4, 1, 4096),
+    128: (2, 1, 4096),
+    256: (1, 1, 4096),
+    512: (1, 1, 2048),  # c = 384, bf16, sm_90: 116 registers; in two warps each sum would wait at a barrier
+    1024: (1, 2, 1024),
+    2048: (1, 4, 512),
+    4096: (1, 8, 256),
 }
-# Programs, each with one partial sum of dweight and dbias: 16 warps on each of 128 processors, all resident at once.
-PROGRAMS = 2048
 MIN_STEPS = 4  # below, partial sums would be as much traffic as the rows
 SUM_BLOCK = (512, 8)  # partial sums x columns: 8 columns are one sector
 
@@ -274,8 +274,8 @@ def add_norm_bwd(
     if not rows * c:
         return dx, dweight, dbias, dresidual, dscale
     width = block(c)
-    step, warps = LAUNCH[width]
-    per_program = triton.cdiv(max(MIN_STEPS * step, triton.cdiv(rows, PROGRAMS)), step) * step
+    step, warps, most = LAUNCH[width]
+    per_program = triton.cdiv(max(MIN_STEPS * step, triton.cdiv(rows, most)), step) * step
     programs = triton.cdiv(rows, per_program)
     dweight_part = dweight if programs == 1 else weight.new_empty(programs if given else 0, c)
     dbias_part = dbias if programs == 1 else weight.new_empty(programs if given and bias is not None else 0, c)
@@ -310,3 +310,25 @@ def add_norm_bwd(
         if x is not None:
             _sum(dscale_rows, dscale, m, 1, m)
     return dx, dweight, dbias, dresidual, dscale
+
+
+def aot_cases() -> list[AotCase]:
+    """x is given, for the gradient of the row scale, in the cases of a LayerNorm only: most registers."""
+    cases = []
+    for name, c, dtype, layer, first, slow in aot_options():
+        low, wide = meta(4, 197, c, dtype=dtype), meta(4, 197, c)
+        stats, vectors = meta(1 + layer, 4 * 197), (meta(c), meta(c) if layer else None)
+        args = (
+            low,
+            wide,
+            low if layer else None,
+            wide,
+            stats,
+            *vectors,
+            None if first else meta(4),
+            dtype,
+            not first,
+            layer,
+        )
+        cases.append(AotCase(name, add_norm_bwd, args, slow=slow))
+    return cases

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import on_device
+from .._triton import AotCase, meta, on_device
 
 # BLOCK_C: (rows of a program, warps).  Up to 512 channels a row stays inside a warp, 16 elements of a tensor in each
 # thread: sums are shuffles, without a barrier.  Chosen by c alone, so a row's bits do not depend on the batch.
@@ -207,3 +207,25 @@ def add_norm_fwd(x, weight, bias, residual, row_scale, eps, layer_norm):
             grid = (triton.cdiv(rows, per_program),)
             _add_norm_fwd_kernel[grid](*args, per_program, width, num_warps=warps)
     return normed, new_residual, stats
+
+
+AOT_WIDTHS = (192, 384, 576, 16, 24, 40, 96, 2048, 4096, 5120)  # one of each row of the table, and a wide one
+
+
+def aot_options():
+    """(name, c, dtype, layer_norm, first layer of a network, slow): every width in bf16, the others at 384 channels."""
+    rows = [(f"c{c}-bf16", c, torch.bfloat16, False, False, c not in (192, 384, 576, 5120)) for c in AOT_WIDTHS]
+    for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16)):
+        rows.append((f"c384-{name}", 384, dtype, False, False, name != "fp32"))
+    rows.append(("c384-bf16-first", 384, torch.bfloat16, False, True, False))
+    return rows + [(f"c{c}-bf16-layer", c, torch.bfloat16, True, False, c != 384) for c in (384, 5120)]
+
+
+def aot_cases() -> list[AotCase]:
+    cases = []
+    for name, c, dtype, layer, first, slow in aot_options():
+        vectors = meta(c), meta(c) if layer else None
+        residual, row_scale = (None, None) if first else (meta(4, 197, c), meta(4))
+        args = (meta(4, 197, c, dtype=dtype), *vectors, residual, row_scale, 1e-5, layer)
+        cases.append(AotCase(name, add_norm_fwd, args, slow=slow))
+    return cases
