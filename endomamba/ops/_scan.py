@@ -5,6 +5,8 @@ Letters: b sequences, l tokens, d channels, n state size, g groups of B and C.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,10 +16,25 @@ CHUNK = 64  # tokens between two saved states; the same number as kChunk in csrc
 OPERANDS = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")  # of one direction
 
 
+class Direction(NamedTuple):
+    """The operands of one direction: x, dt (b,l,d); A (d,n); B, C (b,l,g,n), or (d,n) where constant."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    dt_bias: Tensor | None
+    initial_state: Tensor | None
+    reverse: bool
+
+
 def chunk_states_shape(x: Tensor, A: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int, int]:
     """Shape of the saved states: one (d, n) at the start of every chunk of 64 tokens, in walking order.
 
-    Packed, chunk c of sequence s lies at `chunk_slot`; slots that no chunk owns hold anything.
+    Packed, chunk c of sequence s lies at `chunk_slot`; slots that no chunk owns hold anything.  Only the back end that
+    wrote them reads them: within a slot the Triton kernels keep (n, d).
     """
     b, l, d = x.shape
     chunks = (l + CHUNK - 1) // CHUNK if cu_seqlens is None else l // CHUNK + cu_seqlens.shape[0] - 1

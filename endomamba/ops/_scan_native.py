@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ._extension import C as _C
 from ._native import DTYPES, view
-from ._scan import chunk_states_shape, empty
-
-
-class Direction(NamedTuple):
-    """The operands of one direction: x, dt (b,l,d); A (d,n); B, C (b,l,g,n), or (d,n) where constant."""
-
-    x: Tensor
-    dt: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    dt_bias: Tensor | None
-    initial_state: Tensor | None
-    reverse: bool
+from ._scan import Direction, chunk_states_shape, empty
 
 
 def _operand(tensor: Tensor, channels: int) -> tuple[tuple[int, ...], int, bool]:
@@ -82,8 +66,13 @@ def scan_fwd(
     return_final_state: bool,
     save_states: bool,
     out_fp32: bool,
+    max_seqlen: int,
+    plan: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """-> y, final state of each side, chunk states of each side; empty where not asked for."""
+    """-> y, final state of each side, chunk states of each side; empty where not asked for.
+
+    max_seqlen and plan change nothing here: lengths are read, and the kernel is invariant by itself.
+    """
     x = sides[0].x
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
     y = empty(x, *x.shape, dtype=torch.float32 if out_fp32 else x.dtype)
@@ -119,6 +108,8 @@ def scan_bwd(
     scale: float,
     dt_softplus: bool,
     frames: int,
+    max_seqlen: int,
+    plan: str,
 ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
     """-> dz, and for each side dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial_state; empty for absent inputs."""
     x = sides[0].x

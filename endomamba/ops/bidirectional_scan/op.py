@@ -3,12 +3,17 @@
 The operand form is that of selective_scan (see its op.py), twice; z, cu_seqlens and mask serve both directions.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .. import _triton
 from .._backend import Backend, choose, register
+from .._native import unsupported
 from .._scan import chunk_states_shape, empty, state_dtype
+from .._scan_native import scan_bwd, scan_fwd
 from ..selective_scan.op import (
     check_saved,
     direction_backward_flops,
@@ -16,12 +21,18 @@ from ..selective_scan.op import (
     fake_gradients,
     gradient,
 )
-from . import native, reference
+from . import reference, rows
 
+SHARED = "endomamba.ops"
 BACKENDS = register(
     "bidirectional_scan",
     {
-        "cpu": Backend(native.fwd, native.bwd, native.unsupported),
+        "triton": Backend(
+            partial(rows.fwd, _triton.lazy(SHARED, "_scan_triton", "scan_fwd")),
+            partial(rows.bwd, _triton.lazy(SHARED, "_scan_triton", "scan_bwd")),
+            _triton.unsupported,
+        ),
+        "cpu": Backend(partial(rows.fwd, scan_fwd), partial(rows.bwd, scan_bwd), unsupported),
         "reference": Backend(reference.fwd, reference.bwd, lambda *tensors: []),
     },
 )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .. import _triton
 from .._backend import Backend, choose, register
 from .._native import unsupported
 from ..mixer_inner import compose
@@ -15,6 +16,7 @@ from ..mixer_inner.op import mixer_flops
 BACKENDS = register(
     "frame_step",
     {
+        "triton": Backend(partial(compose.fwd, "triton"), None, _triton.unsupported),
         "cpu": Backend(partial(compose.fwd, "cpu"), None, unsupported),
         "reference": Backend(partial(compose.fwd, "reference"), None, lambda *_: []),
     },

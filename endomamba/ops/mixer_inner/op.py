@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .. import _triton
 from .._backend import Backend, choose, register
 from .._native import unsupported
 from .._scan import chunk_states_shape, empty, state_dtype
@@ -20,6 +21,7 @@ from .compose import Side, Walk
 BACKENDS = register(
     "mixer_inner",
     {
+        "triton": Backend(partial(compose.fwd, "triton"), partial(compose.bwd, "triton"), _triton.unsupported),
         "cpu": Backend(partial(compose.fwd, "cpu"), partial(compose.bwd, "cpu"), unsupported),
         "reference": Backend(partial(compose.fwd, "reference"), partial(compose.bwd, "reference"), lambda *_: []),
     },

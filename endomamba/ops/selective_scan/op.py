@@ -5,18 +5,29 @@ or (d, n) where constant.  An absent output is an empty tensor.  Outputs are con
 Gradients: dx, ddt, dz and the grouped dB, dC in their input's dtype; all others, constant dB and dC too, fp32 (fp64).
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .. import _triton
 from .._backend import Backend, choose, register
+from .._native import unsupported
 from .._scan import chunk_states_shape, empty, state_dtype
-from . import native, reference
+from .._scan_native import scan_bwd, scan_fwd
+from . import reference, rows
 
+SHARED = "endomamba.ops"
 BACKENDS = register(
     "selective_scan",
     {
-        "cpu": Backend(native.fwd, native.bwd, native.unsupported),
+        "triton": Backend(
+            partial(rows.fwd, _triton.lazy(SHARED, "_scan_triton", "scan_fwd")),
+            partial(rows.bwd, _triton.lazy(SHARED, "_scan_triton", "scan_bwd")),
+            _triton.unsupported,
+        ),
+        "cpu": Backend(partial(rows.fwd, scan_fwd), partial(rows.bwd, scan_bwd), unsupported),
         "reference": Backend(reference.fwd, reference.bwd, lambda *tensors: []),
     },
 )

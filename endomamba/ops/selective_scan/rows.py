@@ -1,14 +1,16 @@
-"""The C++ kernels of csrc/cpu/scan_{fwd,bwd}.cpp, one direction."""
+"""The op's flat arguments, grouped for a back end's scan of one direction."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from .._native import unsupported as unsupported
-from .._scan_native import Direction, scan_bwd, scan_fwd
+from .._scan import Direction
 
 
 def fwd(
+    scan_fwd: Callable,
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -29,16 +31,16 @@ def fwd(
     out_fp32: bool,
     plan: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """max_seqlen and plan change nothing here: lengths are read, and the kernel is invariant by itself."""
     y, (final_state,), (chunk_states,) = scan_fwd(
         (Direction(x, dt, A, B, C, D, dt_bias, initial_state, reverse),), z, cu_seqlens, mask,
         scale=1.0, dt_softplus=dt_softplus, frames=frames, return_final_state=return_final_state,
-        save_states=save_states, out_fp32=out_fp32,
+        save_states=save_states, out_fp32=out_fp32, max_seqlen=max_seqlen, plan=plan,
     )  # fmt: skip
     return y, final_state, chunk_states
 
 
 def bwd(
+    scan_bwd: Callable,
     dy: Tensor | None,
     dfinal_state: Tensor | None,
     x: Tensor,
@@ -61,7 +63,7 @@ def bwd(
 ) -> tuple[Tensor, ...]:
     dz, (grads,) = scan_bwd(
         dy, (dfinal_state,), (Direction(x, dt, A, B, C, D, dt_bias, initial_state, reverse),), z, cu_seqlens, mask,
-        (chunk_states,), scale=1.0, dt_softplus=dt_softplus, frames=frames,
+        (chunk_states,), scale=1.0, dt_softplus=dt_softplus, frames=frames, max_seqlen=max_seqlen, plan=plan,
     )  # fmt: skip
     dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial_state = grads
     return dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state

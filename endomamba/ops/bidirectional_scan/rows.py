@@ -1,14 +1,16 @@
-"""The C++ kernels of csrc/cpu/scan_{fwd,bwd}.cpp, both directions in one pass."""
+"""The op's flat arguments, grouped for a back end's scan of both directions."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from .._native import unsupported as unsupported
-from .._scan_native import Direction, scan_bwd, scan_fwd
+from .._scan import Direction
 
 
 def fwd(
+    scan_fwd: Callable,
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -37,7 +39,6 @@ def fwd(
     out_fp32: bool,
     plan: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """max_seqlen and plan change nothing here: lengths are read, and the kernel is invariant by itself."""
     sides = (
         Direction(x, dt, A, B, C, D, dt_bias, initial_state, False),
         Direction(x_b, dt_b, A_b, B_b, C_b, D_b, dt_bias_b, initial_state_b, True),
@@ -45,11 +46,13 @@ def fwd(
     y, states, saved = scan_fwd(
         sides, z, cu_seqlens, mask, scale=scale, dt_softplus=dt_softplus, frames=frames,
         return_final_state=return_final_state, save_states=save_states, out_fp32=out_fp32,
+        max_seqlen=max_seqlen, plan=plan,
     )  # fmt: skip
     return y, *states, *saved
 
 
 def bwd(
+    scan_bwd: Callable,
     dy: Tensor | None,
     dfinal_state: Tensor | None,
     dfinal_state_b: Tensor | None,
@@ -86,7 +89,7 @@ def bwd(
     )
     dz, (first, second) = scan_bwd(
         dy, (dfinal_state, dfinal_state_b), sides, z, cu_seqlens, mask, (chunk_states, chunk_states_b),
-        scale=scale, dt_softplus=dt_softplus, frames=frames,
+        scale=scale, dt_softplus=dt_softplus, frames=frames, max_seqlen=max_seqlen, plan=plan,
     )  # fmt: skip
     dx, ddt, dA, dB, dC, dD, ddt_bias, dstate = first
     dx_b, ddt_b, dA_b, dB_b, dC_b, dD_b, ddt_bias_b, dstate_b = second

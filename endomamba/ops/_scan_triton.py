@@ -1,0 +1,365 @@
+"""The Triton scan of one or two directions, as both scan ops call it: launches, their table, and the sums after them.
+
+Letters: b sequences, l tokens, d channels, n state size, g groups of B and C.
+"""
+
+from __future__ import annotations
+
+import functools
+from math import gcd
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._scan import CHUNK, Direction, chunk_states_shape, empty
+from ._scan_triton_bwd import _scan_bwd_kernel, shared_asm
+from ._scan_triton_fwd import _scan_fwd_kernel
+from ._triton import ASM, INTERPRET, on_device
+from ._triton_scan import LANE_CHANNELS, offset
+
+STATES = 16  # a launch walks at most this many; more are walked one launch after the other
+
+# Measured on an H200 (bench/results/): pairs of inputs in flight and warps a program, forward.
+FWD = {"K": 2, "W": 2}
+# Tokens whose states are in shared memory, warps, programs a multiprocessor, register limit, backward.
+BWD = {"T": 4, "W": 2, "per_sm": 6, "maxnreg": 168}
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+class _Call(NamedTuple):
+    """What is the same for every launch of a call."""
+
+    seqs: int
+    l: int
+    d: int
+    n: int
+    z: Tensor | None
+    cu_seqlens: Tensor | None
+    mask: Tensor | None
+    softplus: bool
+    frames: int
+
+
+def _call(x: Tensor, n: int, z: Tensor | None, cu_seqlens, mask, softplus: bool, frames: int) -> _Call:
+    seqs = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    mask = None if mask is None else mask.contiguous().view(torch.uint8)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    return _Call(seqs, x.shape[1], x.shape[2], n, _lanes(z), cu_seqlens, mask, softplus, frames)
+
+
+def _lanes(t: Tensor | None) -> Tensor | None:
+    """Lanes are channels: channels must be neighbours in memory.  Other layouts are copied, which is also faster."""
+    return t if t is None or t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()
+
+
+def _side(side: Direction) -> Direction:
+    state = side.initial_state
+    return side._replace(
+        x=_lanes(side.x), dt=_lanes(side.dt), A=side.A.contiguous(),
+        initial_state=None if state is None else state.contiguous(),
+        D=None if side.D is None else side.D.contiguous(),
+        dt_bias=None if side.dt_bias is None else side.dt_bias.contiguous(),
+    )  # fmt: skip
+
+
+def _vector(states: int, first: int, *rows: Tensor) -> int:
+    """32-bit words a load that half a row of B and of C allows; 0: value by value."""
+    bits = 0
+    for t in rows:
+        if t.ndim == 2:
+            continue
+        if t.stride(3) != 1 or states % 2:
+            return 0
+        size = t.element_size()
+        bits = gcd(bits, t.data_ptr(), *(size * t.stride(i) for i in range(3) if t.shape[i] > 1), size * first)
+        bits = gcd(bits, size * states // 2)
+    return next((words for words in (4, 2, 1) if bits and bits % (4 * words) == 0), 0)
+
+
+def _row_strides(t: Tensor) -> tuple[int, int, int, int]:
+    """b, l, g, n strides; of a constant (d, n): 0, d, 0, n."""
+    return (0, t.stride(0), 0, t.stride(1)) if t.ndim == 2 else t.stride()
+
+
+def _parts(n: int) -> list[tuple[int, int]]:
+    """(first, number) of the states of each launch."""
+    return [(first, min(STATES, n - first)) for first in range(0, n, STATES)]
+
+
+def _shared_arguments(call: _Call, side: Direction, first: int, states: int) -> dict:
+    B, C = side.B, side.C
+    sB, sC = _row_strides(B), _row_strides(C)
+    groups = next((t.shape[2] for t in (B, C) if t.ndim == 4), 1)
+    return dict(
+        sx_b=side.x.stride(0), sdt_b=side.dt.stride(0), sz_b=0 if call.z is None else call.z.stride(0),
+        sB_b=sB[0], sC_b=sC[0], sB_g=sB[2], sC_g=sC[2], sB_n=sB[3], sC_n=sC[3],
+        sm_b=0 if call.mask is None else call.mask.stride(0),
+        SX=side.x.stride(1), SDT=side.dt.stride(1), SZ=0 if call.z is None else call.z.stride(1),
+        SB=sB[1], SC=sC[1], SY=call.d, GROUPS=groups, N=call.n, FIRST=first, NS=states,
+        VEC=_vector(states, first, B, C), CONST_B=B.ndim == 2, CONST_C=C.ndim == 2,
+        HAS_BIAS=side.dt_bias is not None, PACKED=call.cu_seqlens is not None, MASK=call.mask is not None,
+        REVERSE=side.reverse, TIME=call.frames > 0, SOFTPLUS=call.softplus, ASM=ASM, CHUNK=CHUNK,
+    )  # fmt: skip
+
+
+def _forward_launch(
+    call: _Call, side: Direction, first: int, states: int, y: Tensor | None, parked: Tensor | None, scale: float,
+    gated: bool, final: Tensor | None, chunk: Tensor | None,
+) -> None:  # fmt: skip
+    K, W = FWD["K"], FWD["W"]
+    args = _shared_arguments(call, side, first, states)
+    channels = call.d // args["GROUPS"]
+    blocks = args["GROUPS"] * triton.cdiv(channels, LANE_CHANNELS * W)
+    _scan_fwd_kernel[(call.seqs * blocks,)](
+        side.x, side.dt, side.A, side.B, side.C, side.D, call.z, side.dt_bias, side.initial_state, parked, y, final,
+        chunk, None, call.cu_seqlens, call.mask, scale, call.l, call.d, 1, call.frames, **args,
+        HAS_Z=gated, HAS_D=side.D is not None and first == 0, HAS_H0=side.initial_state is not None,
+        ADD=parked is not None, FINAL=final is not None, SAVE=chunk is not None, Y=True, LS=0,
+        EVEN=channels % (LANE_CHANNELS * W) == 0, K=K, W=W, num_warps=W,
+    )  # fmt: skip
+
+
+def scan_fwd(
+    sides: tuple[Direction, ...],
+    z: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    dt_softplus: bool,
+    frames: int,
+    max_seqlen: int,
+    return_final_state: bool,
+    save_states: bool,
+    out_fp32: bool,
+    plan: str,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """-> y, final state of each side, chunk states of each side; empty where not asked for."""
+    x, n = sides[0].x, sides[0].A.shape[1]
+    f32 = torch.float32
+    y = empty(x, *x.shape, dtype=f32 if out_fp32 else x.dtype)
+    call = _call(x, n, z, cu_seqlens, mask, dt_softplus, frames)
+    launches = [(i, *part) for i in range(len(sides)) for part in _parts(n)]
+    parked = None
+    if len(launches) > 1:
+        parked = y if y.dtype == f32 else empty(x, *x.shape, dtype=f32)
+    finals, chunks = [], []
+    for side in sides:
+        state, saved = (call.seqs, *side.A.shape), chunk_states_shape(x, side.A, cu_seqlens)
+        finals.append(empty(x, *(state if return_final_state else ()), dtype=f32))
+        chunks.append(empty(x, *(saved if save_states else ()), dtype=f32))
+        if save_states and cu_seqlens is not None:
+            chunks[-1].zero_()  # slots that no chunk owns: an op's output must not be what memory happened to hold
+    if call.seqs * call.d * call.l == 0:
+        for side, final in zip(sides, finals, strict=True):
+            if return_final_state:
+                final.copy_(side.initial_state) if side.initial_state is not None else final.zero_()
+        return y, finals, chunks
+    sides = tuple(_side(side) for side in sides)
+    with on_device(x):
+        for turn, (i, first, states) in enumerate(launches):
+            last = turn == len(launches) - 1
+            _forward_launch(
+                call, sides[i], first, states, y if last else parked, parked if turn else None, scale if last else 1.0,
+                last and z is not None, finals[i] if return_final_state else None, chunks[i] if save_states else None,
+            )  # fmt: skip
+    return y, finals, chunks
+
+
+@triton.jit(do_not_specialize=["l", "tiles", "frames"])
+def _sum_rows_kernel(
+    in_ptr, dB_ptr, dC_ptr, cu_ptr, l, tiles, nblk, frames,
+    GROUPS: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr, NS: tl.constexpr, CONST_B: tl.constexpr,
+    CONST_C: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, TIME: tl.constexpr, TP: tl.constexpr,
+):  # fmt: skip
+    # Grid (sequences * tiles * g,): TP pairs of tokens of one sequence; adds the rows that the programs of a group's
+    # channel blocks left (pairs, blocks, dB | dC, token of the pair, half, 8), block by block.  Reads every row once.
+    NH: tl.constexpr = (NS + 1) // 2
+    pid = tl.program_id(0)
+    group = pid % GROUPS
+    seq = (pid // GROUPS // tiles).to(tl.int64)
+    pair = (pid // GROUPS % tiles) * TP + tl.arange(0, TP)
+    if PACKED:
+        before = tl.load(cu_ptr + seq).to(tl.int64)
+        count = (tl.load(cu_ptr + seq + 1).to(tl.int64) - before).to(tl.int32)
+        pair0 = before // 2 + seq
+        row0 = before
+    else:
+        count = l
+        pair0 = seq * tl.cdiv(l, 2)
+        row0 = seq * l
+    v = tl.arange(0, 64)
+    k = pair[:, None] * 2 + (v % 32 // 16)[None, :]
+    state = (v % 16 // 8) * NH + v % 8
+    live = (k < count) & ((v % 8 < NH) & (state < NS))[None, :]
+    per = nblk // GROUPS
+    total = tl.zeros([TP, 64], tl.float32)
+    p = in_ptr + ((pair0 + pair)[:, None] * nblk + group * per) * 64 + v[None, :]
+    for j in range(0, per):
+        total += tl.load(p + j * 64, mask=live, other=0.0)
+    token = offset(k, count, frames, 1, REVERSE, TIME)
+    to = ((row0 + token) * GROUPS + group) * N + FIRST + state[None, :]
+    if not CONST_B:
+        tl.store(dB_ptr + to, total.to(dB_ptr.dtype.element_ty), mask=live & (v < 32)[None, :])
+    if not CONST_C:
+        tl.store(dC_ptr + to, total.to(dC_ptr.dtype.element_ty), mask=live & (v >= 32)[None, :])
+
+
+@triton.jit
+def _sum_parts_kernel(
+    A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dbias_ptr, parts, d,
+    N: tl.constexpr, FIRST: tl.constexpr, NS: tl.constexpr, CONST_B: tl.constexpr, CONST_C: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # Grid (cdiv(d * NS, BLOCK),): parameter gradients, part by part.
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = i < d * NS
+    first = i < d
+    a = tl.zeros([BLOCK], tl.float32)
+    b = tl.zeros([BLOCK], tl.float32)
+    c = tl.zeros([BLOCK], tl.float32)
+    e = tl.zeros([BLOCK], tl.float32)
+    f = tl.zeros([BLOCK], tl.float32)
+    for p in range(0, parts):
+        at = p * d * NS + i
+        a += tl.load(A_ptr + at, mask=ok, other=0.0)
+        if CONST_B:
+            b += tl.load(B_ptr + at, mask=ok, other=0.0)
+        if CONST_C:
+            c += tl.load(C_ptr + at, mask=ok, other=0.0)
+        if HAS_D:
+            e += tl.load(D_ptr + p * d + i, mask=first, other=0.0)
+        if HAS_BIAS:
+            f += tl.load(bias_ptr + p * d + i, mask=first, other=0.0)
+    to = i // NS * N + FIRST + i % NS
+    tl.store(dA_ptr + to, a, mask=ok)
+    if CONST_B:
+        tl.store(dB_ptr + to, b, mask=ok)
+    if CONST_C:
+        tl.store(dC_ptr + to, c, mask=ok)
+    if HAS_D:
+        tl.store(dD_ptr + i, e, mask=first)
+    if HAS_BIAS:
+        tl.store(dbias_ptr + i, f, mask=first)
+
+
+def _programs(seqs: int, blocks: int, device: torch.device, per_sm: int) -> int:
+    """Programs of one channel block: as many as are resident, with equal shares of the sequences."""
+    most = max(1, per_sm * _processors(device) // blocks) if not INTERPRET else 2
+    return triton.cdiv(seqs, triton.cdiv(seqs, most))
+
+
+def _backward_launch(
+    call: _Call, side: Direction, first: int, states: int, dy: Tensor, grads: tuple[Tensor, ...], dz: Tensor | None,
+    chunk: Tensor, dfinal: Tensor | None, parked: Tensor | None, add: bool, park: bool,
+    sums: tuple[Tensor, Tensor] | None, scale: float, max_seqlen: int,
+) -> None:  # fmt: skip
+    T, W = BWD["T"], BWD["W"]
+    x = side.x
+    f32, device = torch.float32, x.device
+    dx, ddt, dA, dB, dC, dD, ddt_bias, dstate = grads
+    args = _shared_arguments(call, side, first, states)
+    groups = args["GROUPS"]
+    blocks = groups * triton.cdiv(call.d // groups, LANE_CHANNELS * W)
+    programs = _programs(call.seqs, blocks, device, BWD["per_sm"])
+    quads = triton.cdiv(triton.cdiv(states, 2), 4)
+    slots = CHUNK // T + (0 if ASM else T + T // 2)
+    scratch = torch.empty(programs * blocks * slots * quads * 128 * W, dtype=f32, device=device)
+    longest = call.l if call.cu_seqlens is None else max_seqlen
+    pairs = call.seqs * triton.cdiv(call.l, 2) if call.cu_seqlens is None else call.l // 2 + call.seqs
+    rows = torch.empty(pairs, blocks, 64, dtype=f32, device=device)
+    const_B, const_C = args["CONST_B"], args["CONST_C"]
+
+    def partial(wanted: bool, *shape: int) -> Tensor | None:
+        return torch.empty(programs, *shape, dtype=f32, device=device) if wanted else None
+
+    pA, pB, pC = (partial(w, call.d, states) for w in (True, const_B, const_C))
+    has_D, has_bias = side.D is not None, side.dt_bias is not None
+    pD, pbias = partial(has_D, call.d), partial(has_bias, call.d)
+    shared = (T * quads + T // 2) * 512 * W + (2 * T * 128 * W if W > 1 else 0)
+    gB, gA, add_g, park_g = sums if sums is not None else (None, None, False, False)
+    options = {} if INTERPRET else {"maxnreg": BWD["maxnreg"], "num_stages": 1}
+    _scan_bwd_kernel[(programs * blocks,)](
+        dy, x, side.dt, side.A, side.B, side.C, side.D, call.z, side.dt_bias, chunk, dfinal, parked, gB, gA,
+        call.cu_seqlens, call.mask, dx, ddt, dz, rows, pA, pB, pC, pD, pbias, dstate, scratch, scale, call.l, call.d,
+        call.seqs, pairs, call.frames, sdy_b=dy.stride(0), SDY=dy.stride(1), **args, HAS_Z=call.z is not None,
+        HAS_D=has_D, HAS_DHL=dfinal is not None, HAS_DH0=dstate is not None, ADD=add, PARK=park, ADD_G=add_g,
+        PARK_G=park_g, EXACT=x.dtype == f32, T=T, W=W, SHARED=shared_asm(shared), num_warps=W, **options,
+    )  # fmt: skip
+    if not (const_B and const_C) and longest:
+        TP = 16
+        tiles = triton.cdiv(triton.cdiv(longest, 2), TP)
+        _sum_rows_kernel[(call.seqs * tiles * groups,)](
+            rows, dB, dC, call.cu_seqlens, call.l, tiles, blocks, call.frames, GROUPS=groups, N=call.n, FIRST=first,
+            NS=states, CONST_B=const_B, CONST_C=const_C, PACKED=call.cu_seqlens is not None, REVERSE=side.reverse,
+            TIME=call.frames > 0, TP=TP, num_warps=4,
+        )  # fmt: skip
+    _sum_parts_kernel[(triton.cdiv(call.d * states, 128),)](
+        pA, pB, pC, pD, pbias, dA, dB, dC, dD, ddt_bias, programs, call.d, N=call.n, FIRST=first, NS=states,
+        CONST_B=const_B, CONST_C=const_C, HAS_D=has_D and not park_g, HAS_BIAS=has_bias and not park_g, BLOCK=128,
+        num_warps=4,
+    )  # fmt: skip
+
+
+def scan_bwd(
+    dy: Tensor | None,
+    dfinal_states: tuple[Tensor | None, ...],
+    sides: tuple[Direction, ...],
+    z: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    chunk_states: tuple[Tensor, ...],
+    *,
+    scale: float,
+    dt_softplus: bool,
+    frames: int,
+    max_seqlen: int,
+    plan: str,
+) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+    """-> dz, and for each side dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial_state; empty for absent inputs."""
+    x, n = sides[0].x, sides[0].A.shape[1]
+    f32 = torch.float32
+    call = _call(x, n, z, cu_seqlens, mask, dt_softplus, frames)
+    dz = empty(x, *(() if z is None else x.shape), dtype=x.dtype)
+    grads = []
+    for side in sides:
+        dx, ddt = (empty(x, *x.shape, dtype=x.dtype) for _ in range(2))
+        dA, dD, ddt_bias, dinitial = (
+            empty(x, *(t.shape if t is not None else ()), dtype=f32)
+            for t in (side.A, side.D, side.dt_bias, side.initial_state)
+        )
+        dB, dC = (empty(x, *t.shape, dtype=f32 if t.ndim == 2 else x.dtype) for t in (side.B, side.C))
+        grads.append((dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial))
+    if call.seqs * call.d * call.l == 0:
+        for side, dfinal, grad in zip(sides, dfinal_states, grads, strict=True):
+            for t in grad:
+                t.zero_()
+            if side.initial_state is not None and dfinal is not None:
+                grad[7].copy_(dfinal)
+        return dz, grads
+    dy = torch.zeros_like(x) if dy is None else _lanes(dy)
+    sides = tuple(_side(side) for side in sides)
+    parts = _parts(n)
+    launches = len(sides) * len(parts)
+    parked = empty(x, *x.shape, dtype=f32) if z is not None and launches > 1 else None
+    turn = 0
+    with on_device(x):
+        for side, dfinal, chunk, grad in zip(sides, dfinal_states, chunk_states, grads, strict=True):
+            sums = [empty(x, *x.shape, dtype=f32) for _ in range(2)] if len(parts) > 1 else None
+            present = (*grad[:7], grad[7] if side.initial_state is not None else None)
+            for i, (first, states) in enumerate(parts):
+                _backward_launch(
+                    call, side, first, states, dy, present, dz, chunk,
+                    None if dfinal is None else dfinal.contiguous(), parked, parked is not None and turn > 0,
+                    parked is not None and turn < launches - 1,
+                    None if sums is None else (*sums, i > 0, i < len(parts) - 1), scale, max_seqlen,
+                )  # fmt: skip
+                turn += 1
+    return dz, grads
