@@ -27,8 +27,8 @@ from .triton_fwd import (
 )
 
 # both directions? -> tokens that a walker loads at once, channels of a lane (at most 16 bytes), walkers of a program.
-# bf16, w = 4: 126 and 244 registers a thread, no spills; 8 channels take 240 and spill.
-LAUNCH = {False: (6, 4, 4), True: (4, 4, 4)}
+# bf16, w = 4: 128 and 244 registers a thread, no spills; 8 channels a lane leave 8 warps a multiprocessor, or spill.
+LAUNCH = {False: (4, 4, 4), True: (4, 4, 4)}
 BLOCK_GROUPS, BLOCK_CHANNELS = 128, 32  # tile of the second kernel
 
 
