@@ -27,7 +27,7 @@ from .triton_fwd import (
 )
 
 # both directions? -> tokens that a walker loads at once, channels of a lane (at most 16 bytes), walkers of a program.
-# bf16, w = 4: 128 and 244 registers a thread, no spills; 8 channels a lane leave 8 warps a multiprocessor, or spill.
+# bf16, w = 4: 128 and 244 registers a thread, no spills; one direction with 8 channels a lane takes 240.
 LAUNCH = {False: (4, 4, 4), True: (4, 4, 4)}
 BLOCK_GROUPS, BLOCK_CHANNELS = 128, 32  # tile of the second kernel
 
