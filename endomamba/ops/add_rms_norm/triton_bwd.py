@@ -5,12 +5,13 @@ Letters: b rows of the batch, m rows of channels in each, c channels; a row belo
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._triton import AotCase, meta, on_device
-from .triton_fwd import WIDE, aot_options, as_rows, block, row_offsets, row_strides
+from .triton_fwd import WIDE, aot_options, as_rows, block, cdiv, row_offsets, row_strides
 
 # BLOCK_C: (rows of one step, warps, programs at most).  Sums along a row are shuffles up to 512 channels, as forward.
 # Each program has one partial sum of dweight and dbias.  Their number fits what 128 processors hold at once: 16 warps
@@ -257,7 +258,7 @@ def _sum_kernel(part_ptr, out_ptr, terms, n, stride_i, stride_j, BLOCK_I: tl.con
 
 def _sum(part: Tensor, out: Tensor, terms: int, stride_i: int, stride_j: int) -> None:
     n = out.numel()
-    _sum_kernel[(triton.cdiv(n, SUM_BLOCK[1]),)](part, out, terms, n, stride_i, stride_j, *SUM_BLOCK, num_warps=4)
+    _sum_kernel[(cdiv(n, SUM_BLOCK[1]),)](part, out, terms, n, stride_i, stride_j, *SUM_BLOCK, num_warps=4)
 
 
 def add_norm_bwd(
@@ -268,17 +269,20 @@ def add_norm_bwd(
     given = dnormed is not None and rows * c > 0
     dx = new_residual.new_empty(new_residual.shape, dtype=dtype)
     dresidual = weight.new_empty(new_residual.shape if has_residual else 0)
-    dweight = (weight.new_empty if given else weight.new_zeros)(c)
-    dbias = (weight.new_empty if given else weight.new_zeros)(0 if bias is None else c)
-    dscale = weight.new_zeros(0) if x is None else (weight.new_empty if rows * c else weight.new_zeros)(b)
+    dweight = weight.new_empty(c) if given else weight.new_zeros(c)
+    absent = weight.new_empty(0)
+    dbias = absent if bias is None else torch.empty_like(dweight) if given else weight.new_zeros(c)
     if not rows * c:
-        return dx, dweight, dbias, dresidual, dscale
+        return dx, dweight, dbias, dresidual, weight.new_zeros(0 if x is None else b)
+    dscale = weight.new_empty(0 if x is None else b)
     width = block(c)
     step, warps, most = LAUNCH[width]
-    per_program = triton.cdiv(max(MIN_STEPS * step, triton.cdiv(rows, most)), step) * step
-    programs = triton.cdiv(rows, per_program)
-    dweight_part = dweight if programs == 1 else weight.new_empty(programs if given else 0, c)
-    dbias_part = dbias if programs == 1 else weight.new_empty(programs if given and bias is not None else 0, c)
+    per_program = cdiv(max(MIN_STEPS * step, cdiv(rows, most)), step) * step
+    programs = cdiv(rows, per_program)
+    dweight_part, dbias_part = dweight, dbias
+    if given and programs > 1:
+        dweight_part = weight.new_empty(programs, c)
+        dbias_part = None if bias is None else torch.empty_like(dweight_part)
     dscale_rows = None if x is None else weight.new_empty(rows)
     dnormed, *strides_g = row_strides(dnormed, shape)
     dnew_residual, *strides_n = row_strides(dnew_residual, shape)
@@ -295,7 +299,7 @@ def add_norm_bwd(
                 layer_norm, width, num_warps=warps,
             )  # fmt: skip
             if given:
-                _add_norm_wide_dweight_kernel[(programs * triton.cdiv(c, 1024),)](
+                _add_norm_wide_dweight_kernel[(programs * cdiv(c, 1024),)](
                     dnormed, r, stats, *sums, rows, m, c, per_program, *strides_g, layer_norm, 1024, num_warps=4
                 )
         else:

@@ -5,6 +5,7 @@ Letters: b rows of the batch, m rows of channels in each, c channels; a row belo
 
 from __future__ import annotations
 
+import functools
 from math import prod
 
 import torch
@@ -178,6 +179,12 @@ def row_strides(tensor: Tensor | None, shape: tuple[int, int, int]) -> tuple[Ten
     return tensor, strides[0] if shape[0] > 1 else 0, strides[1] if shape[1] > 1 else 0, strides[2]
 
 
+def cdiv(a: int, b: int) -> int:
+    """triton.cdiv takes microseconds on the host."""
+    return -(-a // b)
+
+
+@functools.cache
 def block(c: int) -> int:
     return min(max(16, triton.next_power_of_2(c)), WIDE)
 
@@ -204,7 +211,7 @@ def add_norm_fwd(x, weight, bias, residual, row_scale, eps, layer_norm):
         if c > WIDE:
             _add_norm_wide_fwd_kernel[(rows,)](*args, width, num_warps=warps)
         else:
-            grid = (triton.cdiv(rows, per_program),)
+            grid = (cdiv(rows, per_program),)
             _add_norm_fwd_kernel[grid](*args, per_program, width, num_warps=warps)
     return normed, new_residual, stats
 
