@@ -61,8 +61,13 @@ def slow_interpreted(test):
 
 
 def rows(table, slow=()):
-    """The ids of a table of cases; those in `slow` marked so where they are interpreted."""
-    return [pytest.param(row, marks=pytest.mark.slow) if INTERPRET and row in slow else row for row in table]
+    """All of a table; where it is interpreted, those in `slow` are marked so."""
+    return few(table, *(row for row in table if row not in slow))
+
+
+def few(values, *quick):
+    """All of them; where they are interpreted, those not named are slow."""
+    return [pytest.param(v, marks=pytest.mark.slow) if INTERPRET and v not in quick else v for v in values]
 
 
 def examples(count: int) -> int:
