@@ -288,7 +288,7 @@ def test_a06_a07_training_over_clips(backend):
     eager, truth = run(inputs, backend="reference"), run(cast(inputs, torch.float64), backend="reference")
     got = run_split(inputs, (40, 104), backend=backend)
     for name in truth:
-        assert_as_accurate_as_eager(name, got[name], eager[name], truth[name], slack=8.0)  # sums in another order
+        assert_as_accurate_as_eager(name, got[name], eager[name], truth[name], slack=8.0 * on.slack(backend))  # sums in another order
     detached = run_split(inputs, (40, 104), backend=backend, detach=True)
     assert (detached["dA"] - truth["dA"]).abs().max() > 1e-2 * truth["dA"].abs().max()
 
@@ -424,7 +424,7 @@ def test_split_anywhere(cuts, reverse, backend):
     assert (without - truth["y"])[:, -1 if not reverse else 0].abs().max() > 100 * tolerance
     got = run_split(inputs, cuts, backend)
     for name in truth:
-        assert_as_accurate_as_eager(name, got[name], eager[name], truth[name], slack=8.0)  # sums in another order
+        assert_as_accurate_as_eager(name, got[name], eager[name], truth[name], slack=8.0 * on.slack(backend))  # sums in another order
 
 
 @on.slow_interpreted
@@ -639,10 +639,13 @@ def test_softplus_sweep(backend):
     y, _ = selective_scan(one.expand(1, 1, 601), raw, torch.zeros(601, 1), one, one, backend=backend)
     (slope,) = torch.autograd.grad(y.sum(), raw)
     exact = raw.detach().double()
-    eps = torch.finfo(torch.float32).eps
     want, want_slope = F.softplus(exact, threshold=100), torch.sigmoid(exact)
-    assert ((y - want) / want).abs().max() < 8 * eps
-    assert ((slope - want_slope) / want_slope).abs().max() < 8 * eps
+    ulps = torch.full_like(exact, 8)
+    if backend == "triton":  # its exp(v) is exp2(v * log2 e) with one rounding of the product: v / 2 ulp of the result
+        ulps += exact.abs()
+    bound = torch.finfo(torch.float32).eps * ulps
+    assert (((y - want) / want).abs() < bound).all()
+    assert (((slope - want_slope) / want_slope).abs() < bound).all()
 
 
 def test_softplus_is_the_identity_above_twenty():
