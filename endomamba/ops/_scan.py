@@ -33,8 +33,7 @@ class Direction(NamedTuple):
 def chunk_states_shape(x: Tensor, A: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int, int]:
     """Shape of the saved states: one (d, n) at the start of every chunk of 64 tokens, in walking order.
 
-    Packed, chunk c of sequence s lies at `chunk_slot`; slots that no chunk owns hold anything.  Only the back end that
-    wrote them reads them: within a slot the Triton kernels keep (n, d).
+    Packed, chunk c of sequence s lies at `chunk_slot`; slots that no chunk owns hold anything.
     """
     b, l, d = x.shape
     chunks = (l + CHUNK - 1) // CHUNK if cu_seqlens is None else l // CHUNK + cu_seqlens.shape[0] - 1

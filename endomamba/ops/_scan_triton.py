@@ -6,6 +6,7 @@ Letters: b sequences, l tokens, d channels, n state size, g groups of B and C.
 from __future__ import annotations
 
 import functools
+from functools import partial
 from math import gcd
 from typing import NamedTuple
 
@@ -15,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._scan import CHUNK, Direction, chunk_states_shape, empty
-from ._scan_triton_bwd import _scan_bwd_kernel, shared_asm
-from ._scan_triton_fwd import _scan_fwd_kernel
-from ._triton import ASM, INTERPRET, on_device
+from ._scan_triton_bwd import _scan_adjoint_kernel, _scan_bwd_kernel, shared_asm
+from ._scan_triton_fwd import _scan_carry_kernel, _scan_fwd_kernel
+from ._triton import ASM, INTERPRET, AotCase, meta, on_device
 from ._triton_scan import LANE_CHANNELS, offset
 
 STATES = 16  # a launch walks at most this many; more are walked one launch after the other
@@ -28,9 +29,26 @@ FWD = {"K": 2, "W": 2}
 BWD = {"T": 4, "W": 2, "per_sm": 6, "maxnreg": 168}
 
 
+# Sequences that leave three quarters of a multiprocessor's 16 warps without work are split in time, in pieces of a
+# multiple of 64 tokens: three launches instead of one, twice the exponentials.
+SPLIT = {"least": 256, "warps": 16}
+
+
 @functools.cache
 def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    """Without a GPU: those of an H200 where only compiled, one where interpreted."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 1 if device.type == "cpu" else 132
+
+
+def _piece(call: _Call, plan: str) -> int:
+    """Tokens of a piece, 0: not split.  The invariant plan never looks at the number of sequences."""
+    if plan == "invariant" or call.cu_seqlens is not None or call.n > STATES or call.l < SPLIT["least"]:
+        return 0
+    room = _processors(call.device) * SPLIT["warps"]
+    warps = call.seqs * triton.cdiv(call.d, LANE_CHANNELS)
+    return 0 if 4 * warps > room else CHUNK * max(1, call.l * warps // (CHUNK * 2 * room))
 
 
 class _Call(NamedTuple):
@@ -45,13 +63,14 @@ class _Call(NamedTuple):
     mask: Tensor | None
     softplus: bool
     frames: int
+    device: torch.device
 
 
 def _call(x: Tensor, n: int, z: Tensor | None, cu_seqlens, mask, softplus: bool, frames: int) -> _Call:
     seqs = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    return _Call(seqs, x.shape[1], x.shape[2], n, _lanes(z), cu_seqlens, mask, softplus, frames)
+    return _Call(seqs, x.shape[1], x.shape[2], n, _lanes(z), cu_seqlens, mask, softplus, frames, x.device)
 
 
 def _lanes(t: Tensor | None) -> Tensor | None:
@@ -59,11 +78,17 @@ def _lanes(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()
 
 
+def _states(t: Tensor | None) -> Tensor | None:
+    """A (d, n) array that lanes read 16 bytes at a time."""
+    if t is None:
+        return None
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
 def _side(side: Direction) -> Direction:
-    state = side.initial_state
     return side._replace(
-        x=_lanes(side.x), dt=_lanes(side.dt), A=side.A.contiguous(),
-        initial_state=None if state is None else state.contiguous(),
+        x=_lanes(side.x), dt=_lanes(side.dt), A=_states(side.A), initial_state=_states(side.initial_state),
         D=None if side.D is None else side.D.contiguous(),
         dt_bias=None if side.dt_bias is None else side.dt_bias.contiguous(),
     )  # fmt: skip
@@ -111,18 +136,51 @@ def _shared_arguments(call: _Call, side: Direction, first: int, states: int) -> 
 
 def _forward_launch(
     call: _Call, side: Direction, first: int, states: int, y: Tensor | None, parked: Tensor | None, scale: float,
-    gated: bool, final: Tensor | None, chunk: Tensor | None,
+    gated: bool, final: Tensor | None, chunk: Tensor | None, piece: int,
 ) -> None:  # fmt: skip
     K, W = FWD["K"], FWD["W"]
     args = _shared_arguments(call, side, first, states)
     channels = call.d // args["GROUPS"]
     blocks = args["GROUPS"] * triton.cdiv(channels, LANE_CHANNELS * W)
-    _scan_fwd_kernel[(call.seqs * blocks,)](
-        side.x, side.dt, side.A, side.B, side.C, side.D, call.z, side.dt_bias, side.initial_state, parked, y, final,
-        chunk, None, call.cu_seqlens, call.mask, scale, call.l, call.d, 1, call.frames, **args,
-        HAS_Z=gated, HAS_D=side.D is not None and first == 0, HAS_H0=side.initial_state is not None,
-        ADD=parked is not None, FINAL=final is not None, SAVE=chunk is not None, Y=True, LS=0,
-        EVEN=channels % (LANE_CHANNELS * W) == 0, K=K, W=W, num_warps=W,
+    splits = triton.cdiv(call.l, piece) if piece else 1
+    common = dict(LS=piece, EVEN=channels % (LANE_CHANNELS * W) == 0, K=K, W=W, num_warps=W)
+    start = side.initial_state
+    if piece:
+        start, sums = _edges(call, splits)
+        _scan_fwd_kernel[(call.seqs * splits * blocks,)](
+            side.x, side.dt, side.A, side.B, side.C, None, None, side.dt_bias, None, None, None, start, None, sums,
+            None, call.mask, 1.0, call.l, call.d, splits, call.frames, **args, HAS_Z=False, HAS_D=False, HAS_H0=False,
+            ADD=False, FINAL=True, SAVE=False, Y=False, **common,
+        )  # fmt: skip
+        _carry(call, side.A, side.initial_state, start, sums, final, splits, back=False)
+        final = None
+    _scan_fwd_kernel[(call.seqs * splits * blocks,)](
+        side.x, side.dt, side.A, side.B, side.C, side.D, call.z, side.dt_bias, start, parked, y, final,
+        chunk, None, call.cu_seqlens, call.mask, scale, call.l, call.d, splits, call.frames, **args,
+        HAS_Z=gated, HAS_D=side.D is not None and first == 0, HAS_H0=start is not None,
+        ADD=parked is not None, FINAL=final is not None, SAVE=chunk is not None, Y=True, **common,
+    )  # fmt: skip
+
+
+def _edges(call: _Call, splits: int) -> tuple[Tensor, Tensor]:
+    """Of every piece: a state (d, n), and its sum of dt."""
+    shapes = (call.seqs, splits, call.d, call.n), (call.seqs, splits, call.d)
+    return tuple(torch.empty(shape, dtype=torch.float32, device=call.device) for shape in shapes)
+
+
+def _carry(
+    call: _Call,
+    A: Tensor,
+    edge: Tensor | None,
+    local: Tensor,
+    sums: Tensor,
+    out: Tensor | None,
+    splits: int,
+    back: bool,
+) -> None:
+    _scan_carry_kernel[(call.seqs * triton.cdiv(call.d * call.n, 64),)](
+        A, edge, local, sums, out, splits, call.d, HAS_EDGE=edge is not None, OUT=out is not None, BACK=back, N=call.n,
+        BLOCK=64, U=8, ASM=ASM, num_warps=1,
     )  # fmt: skip
 
 
@@ -169,6 +227,7 @@ def scan_fwd(
             _forward_launch(
                 call, sides[i], first, states, y if last else parked, parked if turn else None, scale if last else 1.0,
                 last and z is not None, finals[i] if return_final_state else None, chunks[i] if save_states else None,
+                _piece(call, plan),
             )  # fmt: skip
     return y, finals, chunks
 
@@ -259,7 +318,7 @@ def _programs(seqs: int, blocks: int, device: torch.device, per_sm: int) -> int:
 def _backward_launch(
     call: _Call, side: Direction, first: int, states: int, dy: Tensor, grads: tuple[Tensor, ...], dz: Tensor | None,
     chunk: Tensor, dfinal: Tensor | None, parked: Tensor | None, add: bool, park: bool,
-    sums: tuple[Tensor, Tensor] | None, scale: float, max_seqlen: int,
+    sums: tuple | None, scale: float, max_seqlen: int, piece: int,
 ) -> None:  # fmt: skip
     T, W = BWD["T"], BWD["W"]
     x = side.x
@@ -268,7 +327,21 @@ def _backward_launch(
     args = _shared_arguments(call, side, first, states)
     groups = args["GROUPS"]
     blocks = groups * triton.cdiv(call.d // groups, LANE_CHANNELS * W)
-    programs = _programs(call.seqs, blocks, device, BWD["per_sm"])
+    splits = triton.cdiv(call.l, piece) if piece else 1
+    has_D, has_bias, has_dstate = side.D is not None, side.dt_bias is not None, dstate is not None
+    if piece:
+        edge, dfinal = dfinal, None
+        dfinal, total = _edges(call, splits)
+        names = ("sdt_b", "sz_b", "sC_b", "sC_g", "sC_n", "sm_b", "SDT", "SZ", "SC", "GROUPS", "N", "VEC", "CONST_C")
+        names += ("HAS_BIAS", "MASK", "REVERSE", "TIME", "SOFTPLUS", "ASM")
+        _scan_adjoint_kernel[(call.seqs * splits * blocks,)](
+            dy, side.dt, side.A, side.C, call.z, side.dt_bias, call.mask, dfinal, total, scale, call.l, call.d, splits,
+            call.frames, sdy_b=dy.stride(0), SDY=dy.stride(1), **{name: args[name] for name in names},
+            HAS_Z=call.z is not None, LS=piece, W=W, num_warps=W,
+        )  # fmt: skip
+        _carry(call, side.A, edge, dfinal, total, dstate, splits, back=True)
+        has_dstate = False
+    programs = _programs(call.seqs * splits, blocks, device, BWD["per_sm"])
     quads = triton.cdiv(triton.cdiv(states, 2), 4)
     slots = CHUNK // T + (0 if ASM else T + T // 2)
     scratch = torch.empty(programs * blocks * slots * quads * 128 * W, dtype=f32, device=device)
@@ -281,7 +354,6 @@ def _backward_launch(
         return torch.empty(programs, *shape, dtype=f32, device=device) if wanted else None
 
     pA, pB, pC = (partial(w, call.d, states) for w in (True, const_B, const_C))
-    has_D, has_bias = side.D is not None, side.dt_bias is not None
     pD, pbias = partial(has_D, call.d), partial(has_bias, call.d)
     shared = (T * quads + T // 2) * 512 * W + (2 * T * 128 * W if W > 1 else 0)
     gB, gA, add_g, park_g = sums if sums is not None else (None, None, False, False)
@@ -289,9 +361,9 @@ def _backward_launch(
     _scan_bwd_kernel[(programs * blocks,)](
         dy, x, side.dt, side.A, side.B, side.C, side.D, call.z, side.dt_bias, chunk, dfinal, parked, gB, gA,
         call.cu_seqlens, call.mask, dx, ddt, dz, rows, pA, pB, pC, pD, pbias, dstate, scratch, scale, call.l, call.d,
-        call.seqs, pairs, call.frames, sdy_b=dy.stride(0), SDY=dy.stride(1), **args, HAS_Z=call.z is not None,
-        HAS_D=has_D, HAS_DHL=dfinal is not None, HAS_DH0=dstate is not None, ADD=add, PARK=park, ADD_G=add_g,
-        PARK_G=park_g, EXACT=x.dtype == f32, T=T, W=W, SHARED=shared_asm(shared), num_warps=W, **options,
+        call.seqs, splits, call.frames, sdy_b=dy.stride(0), SDY=dy.stride(1), **args, HAS_Z=call.z is not None,
+        HAS_D=has_D, HAS_DHL=dfinal is not None, HAS_DH0=has_dstate, ADD=add, PARK=park, ADD_G=add_g,
+        PARK_G=park_g, EXACT=x.dtype == f32, LS=piece, T=T, W=W, SHARED=shared_asm(shared), num_warps=W, **options,
     )  # fmt: skip
     if not (const_B and const_C) and longest:
         TP = 16
@@ -357,9 +429,48 @@ def scan_bwd(
             for i, (first, states) in enumerate(parts):
                 _backward_launch(
                     call, side, first, states, dy, present, dz, chunk,
-                    None if dfinal is None else dfinal.contiguous(), parked, parked is not None and turn > 0,
+                    _states(dfinal), parked, parked is not None and turn > 0,
                     parked is not None and turn < launches - 1,
                     None if sums is None else (*sums, i > 0, i < len(parts) - 1), scale, max_seqlen,
+                    _piece(call, plan),
                 )  # fmt: skip
                 turn += 1
     return dz, grads
+
+
+def aot_cases() -> list[AotCase]:
+    """dtype, states, and what else makes another kernel; d = 768 as in the small model."""
+    cases = []
+    options = dict(scale=1.0, dt_softplus=True, max_seqlen=0)
+
+    def case(
+        name: str, dtype=torch.bfloat16, l=49, b=768, n=16, sides=1, z=True, state=False, slow=True, **more
+    ) -> None:
+        d, r = 768, 24
+        flags = options | {"frames": 0, "plan": "auto"} | more
+        projected = meta(b, l, r + 2 * n, dtype=dtype)[:, :, None]
+        B, C = projected[..., r : r + n], projected[..., r + n :]
+        x, xz, f = meta(b, l, d, dtype=dtype), meta(b, l, 2 * d, dtype=dtype), meta(d)
+        gate = xz[..., d:] if z else None
+        start = meta(b, d, n) if state else None
+        walks = tuple(Direction(x, x, meta(d, n), B, C, f, f, start, bool(i)) for i in range(sides))
+        forward = partial(scan_fwd, return_final_state=state, save_states=True, out_fp32=False, **flags)
+        chunks = tuple(meta(*chunk_states_shape(x, walks[0].A, None)) for _ in walks)
+        finals = tuple(start for _ in walks)
+        cases.append(AotCase(f"fwd-{name}", forward, (walks, gate, None, None), slow))
+        cases.append(
+            AotCase(f"bwd-{name}", partial(scan_bwd, **flags), (x, finals, walks, gate, None, None, chunks), slow)
+        )
+
+    case("bf16", slow=False)
+    case("both-bf16", sides=2)
+    case("fp16", dtype=torch.float16)
+    case("fp32", dtype=torch.float32)
+    case("state-bf16", state=True, b=48, l=784)
+    case("split-bf16", b=1, l=3152, state=True)
+    case("plain-bf16", z=False)
+    case("n8-bf16", n=8)
+    case("n3-fp32", n=3, dtype=torch.float32)
+    case("n64-bf16", n=64)
+    case("time-bf16", frames=7)
+    return cases

@@ -11,6 +11,7 @@ from ._triton_scan import (
     advance,
     decays,
     dot,
+    load_each,
     load_row,
     load_states,
     offset,
@@ -304,21 +305,21 @@ def _emit(
             tl.store(p + 24 + i, tl.sum(tl.where(half == 1, v[i], 0.0), axis=0), mask=live)
 
 
-@triton.jit(do_not_specialize=["l", "frames", "seqs", "pairs", "sm_b"])
+@triton.jit(do_not_specialize=["l", "frames", "seqs", "splits", "sm_b"])
 def _scan_bwd_kernel(
     dy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, cs_ptr, dhl_ptr, s_ptr, gB_ptr, gA_ptr, cu_ptr,
     mask_ptr, dx_ptr, ddt_ptr, dz_ptr, dBC_ptr, dA_ptr, dBc_ptr, dCc_ptr, dD_ptr, dbias_ptr, dh0_ptr, scratch_ptr,
-    scale, l, d, seqs, pairs, frames, sdy_b, sx_b, sdt_b, sz_b, sB_b, sC_b, sB_g, sC_g, sB_n, sC_n, sm_b,
+    scale, l, d, seqs, splits, frames, sdy_b, sx_b, sdt_b, sz_b, sB_b, sC_b, sB_g, sC_g, sB_n, sC_n, sm_b,
     SDY: tl.constexpr, SX: tl.constexpr, SDT: tl.constexpr, SZ: tl.constexpr, SB: tl.constexpr, SC: tl.constexpr,
     SY: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr, NS: tl.constexpr, VEC: tl.constexpr,
     CONST_B: tl.constexpr, CONST_C: tl.constexpr, HAS_Z: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_DHL: tl.constexpr, HAS_DH0: tl.constexpr, ADD: tl.constexpr, PARK: tl.constexpr, ADD_G: tl.constexpr,
     PARK_G: tl.constexpr, PACKED: tl.constexpr, MASK: tl.constexpr, REVERSE: tl.constexpr, TIME: tl.constexpr,
-    SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, T: tl.constexpr, W: tl.constexpr, SHARED: tl.constexpr,
-    ASM: tl.constexpr, CHUNK: tl.constexpr,
+    SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, LS: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
+    SHARED: tl.constexpr, ASM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    # Grid (programs of a block * g * cdiv(d / g, 16 W),): a program owns 16 W channels and every P-th sequence, so dA,
-    #   dD, ddt_bias stay in registers over all of them; lanes as in _triton_scan.
+    # Grid (P * g * cdiv(d / g, 16 W),): a program owns 16 W channels and every P-th sequence (LS > 0: piece of LS
+    #   tokens), so dA, dD, ddt_bias stay in registers over all of them; lanes as in _triton_scan.
     # A chunk of 64 tokens, last first: (1) from its saved state, the states every T tokens, to a scratch that stays in
     #   L2; then, T tokens at a time, (2) forward: the states of every token to shared memory, y for dz, h ds for dC;
     #   (3) backward: dh, and with it everything else.
@@ -345,11 +346,11 @@ def _scan_bwd_kernel(
     offs_d = group * dg + in_group
     state = FIRST + half * NH
     none = tl.zeros([32 * W], tl.float32)
-    A = scaled(load_states(A_ptr + offs_d * N + state, mask_d, 1, NH, NS, half), LOG2E, NH)
+    A = scaled(load_states(A_ptr + offs_d * N + state, mask_d, NH, NS, half, N, ASM), LOG2E, NH)
     D = tl.load(D_ptr + offs_d, mask=mask_d, other=0.0) if HAS_D else none
     bias = tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0) if HAS_BIAS else none
-    Bc = load_states(B_ptr + offs_d * SB + state * sB_n, mask_d, sB_n, NH, NS, half) if CONST_B else ()
-    Cc = load_states(C_ptr + offs_d * SC + state * sC_n, mask_d, sC_n, NH, NS, half) if CONST_C else ()
+    Bc = load_each(B_ptr + offs_d * SB + state * sB_n, mask_d, sB_n, NH, NS, half) if CONST_B else ()
+    Cc = load_each(C_ptr + offs_d * SC + state * sC_n, mask_d, sC_n, NH, NS, half) if CONST_C else ()
     # where lane's sum lies in a row of 32: (token of the pair, half, 8 states)
     v = 4 * (lane & 3) + ((lane >> 3) & 1) + 2 * ((lane >> 2) & 1)
     place = (v // 8) * 16 + ((lane >> 4) & 1) * 8 + v % 8
@@ -373,22 +374,27 @@ def _scan_bwd_kernel(
     dD = none
     dbias = none
     turn = 0
-    for seq32 in range(pid // nblk, seqs, tl.num_programs(0) // nblk):
-        seq = seq32 + tl.zeros([], tl.int64)
+    for work in range(pid // nblk, seqs * splits, tl.num_programs(0) // nblk):
+        seq = work // splits + tl.zeros([], tl.int64)
+        slot = work + tl.zeros([], tl.int64)
         if PACKED:
             before = tl.load(cu_ptr + seq).to(tl.int64)
-            count = (tl.load(cu_ptr + seq + 1).to(tl.int64) - before).to(tl.int32)
+            walk = (tl.load(cu_ptr + seq + 1).to(tl.int64) - before).to(tl.int32)
             chunk0 = before // CHUNK + seq
             pair0 = before // 2 + seq
             base = seq * 0
-            walk = count
         else:
             before = seq * 0
-            count = l
             chunk0 = seq * tl.cdiv(l, CHUNK)
             pair0 = seq * tl.cdiv(l, 2)
             base = seq
             walk = l
+        if LS > 0:
+            begin = (work % splits) * LS
+            end = tl.minimum(begin + LS, walk)
+        else:
+            begin = 0
+            end = walk
         x_p = x_ptr + base * sx_b + before * SX + offs_d
         dt_p = dt_ptr + base * sdt_b + before * SDT + offs_d
         z_p = (z_ptr + base * sz_b + before * SZ + offs_d) if HAS_Z else x_p
@@ -403,25 +409,25 @@ def _scan_bwd_kernel(
             B_p = B_ptr + base * sB_b + before * SB + group * sB_g + state * sB_n
             C_p = C_ptr + base * sC_b + before * SC + group * sC_g + state * sC_n
         if HAS_DHL:
-            dh = load_states(dhl_ptr + (seq * d + offs_d) * N + state, mask_d, 1, NH, NS, half)
+            dh = load_states(dhl_ptr + (slot * d + offs_d) * N + state, mask_d, NH, NS, half, N, ASM)
         else:
             dh = zeros(none, NH)
-        chunks = tl.cdiv(count, CHUNK)
+        chunks = tl.cdiv(end - begin, CHUNK)
         for cc in range(0, chunks):
             c = chunks - 1 - cc
-            k0 = c * CHUNK
-            blocks = tl.cdiv(tl.minimum(CHUNK, count - k0), T)
-            h = load_states(cs_ptr + ((chunk0 + c) * N + state) * d + offs_d, mask_d, d, NH, NS, half)
+            k0 = begin + c * CHUNK
+            blocks = tl.cdiv(tl.minimum(CHUNK, end - k0), T)
+            h = load_states(cs_ptr + ((chunk0 + k0 // CHUNK) * d + offs_d) * N + state, mask_d, NH, NS, half, N, ASM)
             # (1) states every T tokens
             q = _state_inputs(
-                x_p, dt_p, B_p, m_p, k0, count, walk, frames, sB_n, half, mask_d,
+                x_p, dt_p, B_p, m_p, k0, end, walk, frames, sB_n, half, mask_d,
                 SX, SDT, SB, NH, NS, VEC, CONST_B, MASK, REVERSE, TIME, ASM,
             )  # fmt: skip
             for s in range(0, blocks - 1):
                 _put(scr, s, h, NH, W, False)
                 for p in tl.static_range(HT):
                     new = _state_inputs(
-                        x_p, dt_p, B_p, m_p, k0 + s * T + 2 * p + 2, count, walk, frames, sB_n, half, mask_d,
+                        x_p, dt_p, B_p, m_p, k0 + s * T + 2 * p + 2, end, walk, frames, sB_n, half, mask_d,
                         SX, SDT, SB, NH, NS, VEC, CONST_B, MASK, REVERSE, TIME, ASM,
                     )  # fmt: skip
                     x, dt, raw, real = _pair_dt(q[0], q[1], q[2], half < 2, bias, lane, MASK, SOFTPLUS, ASM)
@@ -438,22 +444,22 @@ def _scan_bwd_kernel(
                 h = _get(scr, s, NH, W, False)
                 # (2) forward
                 q2 = _state_inputs(
-                    x_p, dt_p, B_p, m_p, kb, count, walk, frames, sB_n, half, mask_d,
+                    x_p, dt_p, B_p, m_p, kb, end, walk, frames, sB_n, half, mask_d,
                     SX, SDT, SB, NH, NS, VEC, CONST_B, MASK, REVERSE, TIME, ASM,
                 )  # fmt: skip
                 q3 = _output_inputs(
-                    z_p, dy_p, s_p, C_p, kb, count, walk, frames, sC_n, half, mask_d, none,
+                    z_p, dy_p, s_p, C_p, kb, end, walk, frames, sC_n, half, mask_d, none,
                     SZ, SDY, SC, NH, NS, VEC, CONST_C, HAS_Z, ADD, REVERSE, TIME, ASM,
                 )  # fmt: skip
                 for p in tl.static_range(HT):
                     k = kb + 2 * p
-                    live = k + half < count
+                    live = k + half < end
                     new2 = _state_inputs(
-                        x_p, dt_p, B_p, m_p, tl.minimum(k + 2, kb + T - 2), count, walk, frames, sB_n, half, mask_d,
+                        x_p, dt_p, B_p, m_p, tl.minimum(k + 2, kb + T - 2), end, walk, frames, sB_n, half, mask_d,
                         SX, SDT, SB, NH, NS, VEC, CONST_B, MASK, REVERSE, TIME, ASM,
                     )  # fmt: skip
                     new3 = _output_inputs(
-                        z_p, dy_p, s_p, C_p, tl.minimum(k + 2, kb + T - 2), count, walk, frames, sC_n, half, mask_d,
+                        z_p, dy_p, s_p, C_p, tl.minimum(k + 2, kb + T - 2), end, walk, frames, sC_n, half, mask_d,
                         none, SZ, SDY, SC, NH, NS, VEC, CONST_C, HAS_Z, ADD, REVERSE, TIME, ASM,
                     )  # fmt: skip
                     x, dt, raw, real = _pair_dt(q2[0], q2[1], q2[2], live, bias, lane, MASK, SOFTPLUS, ASM)
@@ -467,7 +473,7 @@ def _scan_bwd_kernel(
                     _put(smem, 2 * p + 1, h0, NH, W, ASM)
                     h = advance(h0, decays(A, dt1, NH, ASM), b1, u1, NH)
                     ds = tl.where(live, q3[1].to(tl.float32) * scale, 0.0)
-                    at = row + offset(tl.minimum(k + half, count - 1), walk, frames, SY, REVERSE, TIME)
+                    at = row + offset(tl.minimum(k + half, end - 1), walk, frames, SY, REVERSE, TIME)
                     if HAS_Z or PARK:
                         y = own_total(dot(h0, c0, NH), dot(h, c1, NH), lane, ASM)
                         if FIRST == 0:
@@ -493,7 +499,7 @@ def _scan_bwd_kernel(
                             to = dBC_ptr + ((pair0 + k // 2) * nblk + blk) * 64 + 32
                         else:
                             to = sums + ((turn * HT + p) * 2 + 1) * 128 * W + warp * 128
-                        _emit(to, pC0, pC1, e, place, k < count, lane, half, NH, W, EXACT, ASM)
+                        _emit(to, pC0, pC1, e, place, k < end, lane, half, NH, W, EXACT, ASM)
                     _put(scalars, p, (dt, x, ds, raw), 4, W, ASM)
                     q2 = new2
                     q3 = new3
@@ -502,17 +508,17 @@ def _scan_bwd_kernel(
                 rC = (q3[3], q3[4])
                 for p in tl.static_range(HT - 1, -1, -1):
                     k = kb + 2 * p
-                    live = k + half < count
-                    k_own = tl.minimum(k + half, count - 1)
+                    live = k + half < end
+                    k_own = tl.minimum(k + half, end - 1)
                     sc = _get(scalars, p, 4, W, ASM)
                     ha = _get(smem, 2 * p, NH, W, ASM)
                     hb = _get(smem, 2 * p + 1, NH, W, ASM)
                     back = tl.maximum(k - 2, kb)
                     new_B = _pair_rows(
-                        B_p, back, count, walk, frames, sB_n, half, SB, NH, NS, VEC, CONST_B, REVERSE, TIME, ASM
+                        B_p, back, end, walk, frames, sB_n, half, SB, NH, NS, VEC, CONST_B, REVERSE, TIME, ASM
                     )
                     new_C = _pair_rows(
-                        C_p, back, count, walk, frames, sC_n, half, SC, NH, NS, VEC, CONST_C, REVERSE, TIME, ASM
+                        C_p, back, end, walk, frames, sC_n, half, SC, NH, NS, VEC, CONST_C, REVERSE, TIME, ASM
                     )
                     dt = sc[0]
                     x = sc[1]
@@ -554,7 +560,7 @@ def _scan_bwd_kernel(
                             to = dBC_ptr + ((pair0 + k // 2) * nblk + blk) * 64
                         else:
                             to = sums + (turn * HT + p) * 2 * 128 * W + warp * 128
-                        _emit(to, pB0, pB1, e, place, k < count, lane, half, NH, W, EXACT, ASM)
+                        _emit(to, pB0, pB1, e, place, k < end, lane, half, NH, W, EXACT, ASM)
                     rB = new_B
                     rC = new_C
                 if ASM and W > 1:
@@ -568,18 +574,113 @@ def _scan_bwd_kernel(
                             total += _get1(a + w * 128)
                         pair = kb // 2 + j // 64
                         to = dBC_ptr + ((pair0 + pair) * nblk + blk) * 64 + j % 64
-                        tl.store(to, total, mask=pair * 2 < count)
+                        tl.store(to, total, mask=pair * 2 < end)
                     turn = 1 - turn
         if HAS_DH0:
-            store_states(dh0_ptr + (seq * d + offs_d) * N + state, dh, mask_d, 1, NH, NS, half)
+            store_states(dh0_ptr + (seq * d + offs_d) * N + state, dh, mask_d, NH, NS, half, N, ASM)
     part = (pid // nblk).to(tl.int64)
-    store_states(dA_ptr + (part * d + offs_d) * NS + half * NH, dA, mask_d, 1, NH, NS, half)
+    store_states(dA_ptr + (part * d + offs_d) * NS + half * NH, dA, mask_d, NH, NS, half, NS, ASM)
     if CONST_B:
-        store_states(dBc_ptr + (part * d + offs_d) * NS + half * NH, dBc, mask_d, 1, NH, NS, half)
+        store_states(dBc_ptr + (part * d + offs_d) * NS + half * NH, dBc, mask_d, NH, NS, half, NS, ASM)
     if CONST_C:
-        store_states(dCc_ptr + (part * d + offs_d) * NS + half * NH, dCc, mask_d, 1, NH, NS, half)
+        store_states(dCc_ptr + (part * d + offs_d) * NS + half * NH, dCc, mask_d, NH, NS, half, NS, ASM)
     if not PARK_G:
         if HAS_D:
             tl.store(dD_ptr + part * d + offs_d, dD + swap(dD, lane, ASM), mask=mask_d & (half == 0))
         if HAS_BIAS:
             tl.store(dbias_ptr + part * d + offs_d, dbias + swap(dbias, lane, ASM), mask=mask_d & (half == 0))
+
+
+@triton.jit(do_not_specialize=["l", "frames", "splits", "sm_b"])
+def _scan_adjoint_kernel(
+    dy_ptr, dt_ptr, A_ptr, C_ptr, z_ptr, bias_ptr, mask_ptr, dh_ptr, sum_ptr, scale, l, d, splits, frames,
+    sdy_b, sdt_b, sz_b, sC_b, sC_g, sC_n, sm_b,
+    SDY: tl.constexpr, SDT: tl.constexpr, SZ: tl.constexpr, SC: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr,
+    VEC: tl.constexpr, CONST_C: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, MASK: tl.constexpr,
+    REVERSE: tl.constexpr, TIME: tl.constexpr, SOFTPLUS: tl.constexpr, LS: tl.constexpr, W: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    # Grid (sequences * splits * g * cdiv(d / g, 16 W),): what LS tokens send to their left when nothing comes from
+    # their right, (sequences * splits, d, n), and their sum of dt: the first of the two sweeps of a split backward.
+    # Traffic: dt, dy, z once, C.  Bound: exponentials.
+    NH: tl.constexpr = (N + 1) // 2
+    BD: tl.constexpr = 16 * W
+    TYPE: tl.constexpr = C_ptr.dtype.element_ty
+    lane = tl.arange(0, 32 * W)
+    half = (lane // 16) % 2
+    dg = d // GROUPS
+    blocks = tl.cdiv(dg, BD)
+    pid = tl.program_id(0)
+    blk = pid % (blocks * GROUPS)
+    slot = pid // (blocks * GROUPS) + tl.zeros([], tl.int64)
+    seq = slot // splits
+    begin = ((slot % splits) * LS).to(tl.int32)
+    end = tl.minimum(begin + LS, l)
+    group = blk // blocks
+    in_group = (blk % blocks) * BD + (lane // 32) * 16 + lane % 16
+    mask_d = in_group < dg
+    offs_d = group * dg + in_group
+    state = half * NH
+    none = tl.zeros([32 * W], tl.float32)
+    A = scaled(load_states(A_ptr + offs_d * N + state, mask_d, NH, N, half, N, ASM), LOG2E, NH)
+    bias = tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0) if HAS_BIAS else none
+    Cc = load_each(C_ptr + offs_d * SC + state * sC_n, mask_d, sC_n, NH, N, half) if CONST_C else ()
+    dt_p = dt_ptr + seq * sdt_b + offs_d
+    dy_p = dy_ptr + seq * sdy_b + offs_d
+    z_p = (z_ptr + seq * sz_b + offs_d) if HAS_Z else dt_p
+    m_p = (mask_ptr + seq * sm_b) if MASK else dt_ptr
+    C_p = C_ptr + seq * sC_b + group * sC_g + state * (1 if VEC > 0 else sC_n)
+    dh = zeros(none, NH)
+    total = none
+    pairs = tl.cdiv(end - begin, 2)
+    k = begin + 2 * (pairs - 1)
+    q = _adjoint_inputs(
+        dt_p, dy_p, z_p, m_p, C_p, k, end, l, frames, sC_n, half, mask_d,
+        SDT, SDY, SZ, SC, NH, N, VEC, CONST_C, HAS_Z, MASK, REVERSE, TIME, ASM,
+    )  # fmt: skip
+    for i in range(0, pairs):
+        k = begin + 2 * (pairs - 1 - i)
+        new = _adjoint_inputs(
+            dt_p, dy_p, z_p, m_p, C_p, tl.maximum(k - 2, begin), end, l, frames, sC_n, half, mask_d,
+            SDT, SDY, SZ, SC, NH, N, VEC, CONST_C, HAS_Z, MASK, REVERSE, TIME, ASM,
+        )  # fmt: skip
+        live = k + half < end
+        _, dt, _, _ = _pair_dt(q[0], q[0], q[3], live, bias, lane, MASK, SOFTPLUS, ASM)
+        ds = tl.where(live, q[1].to(tl.float32) * scale, 0.0)
+        if HAS_Z:
+            z = q[2].to(tl.float32)
+            ds *= z * sigmoid(z, ASM)
+        dt0, dt1 = to_both(dt, lane, ASM)
+        ds0, ds1 = to_both(ds, lane, ASM)
+        c0 = Cc if CONST_C else unpack(q[4], NH, VEC, TYPE)
+        c1 = Cc if CONST_C else unpack(q[5], NH, VEC, TYPE)
+        dh = _adjoint_step(dh, A, c1, dt1, ds1, NH, ASM)
+        dh = _adjoint_step(dh, A, c0, dt0, ds0, NH, ASM)
+        total += dt
+        q = new
+    store_states(dh_ptr + (slot * d + offs_d) * N + state, dh, mask_d, NH, N, half, N, ASM)
+    tl.store(sum_ptr + slot * d + offs_d, total + swap(total, lane, ASM), mask=mask_d & (half == 0))
+
+
+@triton.jit
+def _adjoint_step(dh, A, C, dt, ds, NH: tl.constexpr, ASM: tl.constexpr):
+    out = ()
+    for i in tl.static_range(NH):
+        out = out + ((dh[i] + C[i] * ds) * exp2(A[i] * dt, ASM),)
+    return out
+
+
+@triton.jit
+def _adjoint_inputs(
+    dt_p, dy_p, z_p, m_p, C_p, k, end, l, frames, sC_n, half, mask_d,
+    SDT: tl.constexpr, SDY: tl.constexpr, SZ: tl.constexpr, SC: tl.constexpr, NH: tl.constexpr, N: tl.constexpr,
+    VEC: tl.constexpr, CONST_C: tl.constexpr, HAS_Z: tl.constexpr, MASK: tl.constexpr, REVERSE: tl.constexpr,
+    TIME: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    own = tl.minimum(k + half, end - 1)
+    dt = tl.load(dt_p + offset(own, l, frames, SDT, REVERSE, TIME), mask=mask_d, other=0.0)
+    dy = tl.load(dy_p + offset(own, l, frames, SDY, REVERSE, TIME), mask=mask_d, other=0.0)
+    z = tl.load(z_p + offset(own, l, frames, SZ, REVERSE, TIME), mask=mask_d, other=0.0) if HAS_Z else dt
+    m = tl.load(m_p + offset(own, l, frames, 1, REVERSE, TIME)) if MASK else dt
+    first, second = _pair_rows(C_p, k, end, l, frames, sC_n, half, SC, NH, N, VEC, CONST_C, REVERSE, TIME, ASM)
+    return dt, dy, z, m, first, second

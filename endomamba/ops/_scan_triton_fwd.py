@@ -6,11 +6,12 @@ Letters: b sequences, l tokens, d channels, n state size, g groups of B and C.
 import triton
 import triton.language as tl
 
-from ._triton_math import LOG2E, sigmoid, softplus
+from ._triton_math import LOG2E, exp2, sigmoid, softplus
 from ._triton_scan import (
     advance,
     decays,
     dot,
+    load_each,
     load_row,
     load_states,
     offset,
@@ -171,20 +172,17 @@ def _scan_fwd_kernel(
         chunk0 = seq * tl.cdiv(l, CHUNK)
         base = seq
         before = tl.zeros([], tl.int64)
-    A = scaled(load_states(A_ptr + offs_d * N + state, mask_d, 1, NH, NS, half), LOG2E, NH)
+    A = scaled(load_states(A_ptr + offs_d * N + state, mask_d, NH, NS, half, N, ASM), LOG2E, NH)
     none = tl.zeros([32 * W], tl.float32)
     wide = tl.zeros([], tl.int64)
     D = tl.load(D_ptr + offs_d, mask=mask_d, other=0.0) if HAS_D else none
     bias = tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0) if HAS_BIAS else none
     if HAS_H0:
-        if LS > 0:  # (sequences * splits, n, d)
-            h = load_states(h0_ptr + (slot * N + state) * d + offs_d, mask_d, d, NH, NS, half)
-        else:
-            h = load_states(h0_ptr + (slot * d + offs_d) * N + state, mask_d, 1, NH, NS, half)
+        h = load_states(h0_ptr + (slot * d + offs_d) * N + state, mask_d, NH, NS, half, N, ASM)
     else:
         h = zeros(none, NH)
-    Bc = load_states(B_ptr + offs_d * SB + state * sB_n, mask_d, sB_n, NH, NS, half) if CONST_B else ()
-    Cc = load_states(C_ptr + offs_d * SC + state * sC_n, mask_d, sC_n, NH, NS, half) if CONST_C and Y else ()
+    Bc = load_each(B_ptr + offs_d * SB + state * sB_n, mask_d, sB_n, NH, NS, half) if CONST_B else ()
+    Cc = load_each(C_ptr + offs_d * SC + state * sC_n, mask_d, sC_n, NH, NS, half) if CONST_C and Y else ()
     x_p = x_ptr + base * sx_b + before * SX + offs_d
     dt_p = dt_ptr + base * sdt_b + before * SDT + offs_d
     z_p = (z_ptr + base * sz_b + before * SZ + offs_d) if HAS_Z else x_p
@@ -198,7 +196,7 @@ def _scan_fwd_kernel(
     else:
         B_p = B_ptr + base * sB_b + before * SB + group * sB_g + state * sB_n
         C_p = (C_ptr + base * sC_b + before * SC + group * sC_g + state * sC_n) if Y else B_p
-    cs_p = (cs_ptr + (chunk0 * N + state) * d + offs_d) if SAVE else A_ptr + offs_d
+    cs_p = (cs_ptr + (chunk0 * d + offs_d) * N + state) if SAVE else A_ptr + offs_d
 
     TILE: tl.constexpr = 2 * K  # tokens
     tiles = count // TILE
@@ -227,7 +225,7 @@ def _scan_fwd_kernel(
     chunks = tl.cdiv(tiles, PER) if SAVE else 1
     for c in range(0, chunks):
         if SAVE:
-            store_states(cs_p + (c + wide) * N * d, h, mask_d, d, NH, NS, half)
+            store_states(cs_p + (c + wide) * N * d, h, mask_d, NH, NS, half, N, ASM)
             stop = tl.minimum((c + 1) * PER, tiles)
         else:
             stop = tiles
@@ -273,7 +271,7 @@ def _scan_fwd_kernel(
                 rows = new_rows
     if SAVE:  # noqa: SIM102  the first is decided when compiling
         if ((tiles * TILE) % CHUNK == 0) & (tail > 0):
-            store_states(cs_p + (tiles * TILE // CHUNK + wide) * N * d, h, mask_d, d, NH, NS, half)
+            store_states(cs_p + (tiles * TILE // CHUNK + wide) * N * d, h, mask_d, NH, NS, half, N, ASM)
     for j in tl.static_range(K):  # q and rows hold the last TILE tokens, of which `tail` are left
         if 2 * j + 1 >= TILE - tail:
             k = start + tl.maximum(count - TILE + 2 * j + half, 0)
@@ -290,9 +288,39 @@ def _scan_fwd_kernel(
                 NH, VEC, TYPE, CONST_B, CONST_C, Y, HAS_Z, ADD, MASK, True, SOFTPLUS, EVEN, ASM,
             )  # fmt: skip
     if FINAL:
-        if LS > 0:
-            store_states(hl_ptr + (slot * N + state) * d + offs_d, h, mask_d, d, NH, NS, half)
-        else:
-            store_states(hl_ptr + (slot * d + offs_d) * N + state, h, mask_d, 1, NH, NS, half)
+        store_states(hl_ptr + (slot * d + offs_d) * N + state, h, mask_d, NH, NS, half, N, ASM)
     if not Y:
         tl.store(sum_ptr + slot * d + offs_d, total + swap(total, lane, ASM), mask=mask_d & (half == 0))
+
+
+@triton.jit
+def _scan_carry_kernel(
+    A_ptr, edge_ptr, local_ptr, sum_ptr, out_ptr, splits, d, HAS_EDGE: tl.constexpr, OUT: tl.constexpr,
+    BACK: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, U: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    # Grid (sequences * cdiv(d * n, BLOCK),): what each piece leaves alone, (sequences, splits, d, n), becomes what it
+    # starts from, in place: state = exp(A * sum of dt) * state + local, strictly left to right (BACK: right to left).
+    # edge: what the first starts from, out: what the last leaves, (sequences, d, n).  U pieces are loaded at a time.
+    blocks = tl.cdiv(d * N, BLOCK)
+    pid = tl.program_id(0)
+    offs = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+    seq = pid // blocks + tl.zeros([], tl.int64)
+    mask = offs < d * N
+    A = tl.load(A_ptr + offs, mask=mask, other=0.0) * LOG2E
+    if HAS_EDGE:
+        h = tl.load(edge_ptr + seq * d * N + offs, mask=mask, other=0.0)
+    else:
+        h = tl.zeros([BLOCK], tl.float32)
+    for s0 in range(0, splits, U):
+        q = ()
+        for j in tl.static_range(U):
+            s = seq * splits + (splits - 1 - (s0 + j) if BACK else s0 + j)
+            there = mask & (s0 + j < splits)
+            local = tl.load(local_ptr + s * d * N + offs, mask=there, other=0.0)
+            q = q + ((local, tl.load(sum_ptr + s * d + offs // N, mask=there, other=0.0)),)
+        for j in tl.static_range(U):
+            s = seq * splits + (splits - 1 - (s0 + j) if BACK else s0 + j)
+            tl.store(local_ptr + s * d * N + offs, h, mask=mask & (s0 + j < splits))
+            h = exp2(A * q[j][1], ASM) * h + q[j][0]
+    if OUT:
+        tl.store(out_ptr + seq * d * N + offs, h, mask=mask)

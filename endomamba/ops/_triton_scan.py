@@ -49,8 +49,59 @@ def zeros(like, NH: tl.constexpr):
 
 
 @triton.jit
-def load_states(p, mask, stride, NH: tl.constexpr, NS: tl.constexpr, half):
-    # NH states of the lane's half; NS of the 2 * NH exist
+def _load4(p, mask):
+    return tl.inline_asm_elementwise(
+        """{.reg .pred p; setp.ne.s32 p, $5, 0; mov.f32 $0, 0f00000000; mov.f32 $1, 0f00000000; mov.f32 $2, 0f00000000;
+        mov.f32 $3, 0f00000000; @p ld.global.v4.f32 {$0, $1, $2, $3}, [$4];}""",
+        "=&f,=&f,=&f,=&f,l,r",
+        [p.to(tl.int64), mask.to(tl.int32)],
+        dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _store4(p, a, b, c, d, mask):
+    tl.inline_asm_elementwise(
+        "{.reg .pred p; setp.ne.s32 p, $6, 0; @p st.global.v4.f32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0;}",
+        "=r,l,f,f,f,f,r",
+        [p.to(tl.int64), a, b, c, d, mask.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def load_states(p, mask, NH: tl.constexpr, NS: tl.constexpr, half, N: tl.constexpr, ASM: tl.constexpr):
+    # The lane's NH states of its channel, of a row of N fp32 values from a base that torch allocated; NS of the 2 * NH
+    # exist.  Four at a time where that is aligned: a lane by itself fills its sectors.
+    out = ()
+    if ASM and NS == 2 * NH and NH % 4 == 0 and N % 4 == 0:
+        for i in tl.static_range(NH // 4):
+            out = out + _load4(p + 4 * i, mask)
+    else:
+        out = load_each(p, mask, 1, NH, NS, half)
+    return out
+
+
+@triton.jit
+def store_states(p, h, mask, NH: tl.constexpr, NS: tl.constexpr, half, N: tl.constexpr, ASM: tl.constexpr):
+    if ASM and NS == 2 * NH and NH % 4 == 0 and N % 4 == 0:
+        for i in tl.static_range(NH // 4):
+            _store4(p + 4 * i, h[4 * i], h[4 * i + 1], h[4 * i + 2], h[4 * i + 3], mask)
+    else:
+        for i in tl.static_range(NH):
+            if NS == 2 * NH:
+                tl.store(p + i, h[i], mask=mask)
+            else:
+                tl.store(p + i, h[i], mask=mask & (half * NH + i < NS))
+
+
+@triton.jit
+def load_each(p, mask, stride, NH: tl.constexpr, NS: tl.constexpr, half):
+    # the lane's states one by one, at any stride and of any dtype
     out = ()
     for i in tl.static_range(NH):
         if NS == 2 * NH:
@@ -58,15 +109,6 @@ def load_states(p, mask, stride, NH: tl.constexpr, NS: tl.constexpr, half):
         else:
             out = out + (tl.load(p + i * stride, mask=mask & (half * NH + i < NS), other=0.0).to(tl.float32),)
     return out
-
-
-@triton.jit
-def store_states(p, h, mask, stride, NH: tl.constexpr, NS: tl.constexpr, half):
-    for i in tl.static_range(NH):
-        if NS == 2 * NH:
-            tl.store(p + i * stride, h[i], mask=mask)
-        else:
-            tl.store(p + i * stride, h[i], mask=mask & (half * NH + i < NS))
 
 
 @triton.jit

@@ -96,6 +96,7 @@ def check_accuracy(inputs: dict, backend: str, slack: float = 2.0) -> dict:
     got = run(inputs, grads, backend=backend)
     eager = run(inputs, grads, backend="reference")
     truth = run(cast(inputs, torch.float64) | {"out_dtype": None}, grads, backend="reference")
+    slack *= on.slack(backend)
     for name in truth:
         # Parameters: a running sum over tokens whose terms cancel, beside the cascade sums of PyTorch.
         summed = name[1:] in inputs and inputs[name[1:]].ndim < 3

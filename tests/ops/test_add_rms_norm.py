@@ -101,7 +101,8 @@ def assert_same_bits(got: dict[str, Tensor], expected: dict[str, Tensor], backen
     for name in expected:
         if backend == "triton":
             eps = max(torch.finfo(got[name].dtype).eps, 1e-5)
-            torch.testing.assert_close(got[name], expected[name], rtol=eps, atol=eps, msg=lambda m: f"{name}: {m}")  # noqa: B023
+            atol = eps * max(1.0, expected[name].abs().max().item()) if expected[name].numel() else 0.0  # sums cancel
+            torch.testing.assert_close(got[name], expected[name], rtol=eps, atol=atol, msg=lambda m: f"{name}: {m}")  # noqa: B023
         else:
             assert torch.equal(got[name], expected[name]), name
 

@@ -288,7 +288,8 @@ def test_a06_a07_training_over_clips(backend):
     eager, truth = run(inputs, backend="reference"), run(cast(inputs, torch.float64), backend="reference")
     got = run_split(inputs, (40, 104), backend=backend)
     for name in truth:
-        assert_as_accurate_as_eager(name, got[name], eager[name], truth[name], slack=8.0 * on.slack(backend))  # sums in another order
+        slack = 8.0 * on.slack(backend)  # sums in another order
+        assert_as_accurate_as_eager(name, got[name], eager[name], truth[name], slack)
     detached = run_split(inputs, (40, 104), backend=backend, detach=True)
     assert (detached["dA"] - truth["dA"]).abs().max() > 1e-2 * truth["dA"].abs().max()
 
@@ -424,7 +425,8 @@ def test_split_anywhere(cuts, reverse, backend):
     assert (without - truth["y"])[:, -1 if not reverse else 0].abs().max() > 100 * tolerance
     got = run_split(inputs, cuts, backend)
     for name in truth:
-        assert_as_accurate_as_eager(name, got[name], eager[name], truth[name], slack=8.0 * on.slack(backend))  # sums in another order
+        slack = 8.0 * on.slack(backend)  # sums in another order
+        assert_as_accurate_as_eager(name, got[name], eager[name], truth[name], slack)
 
 
 @on.slow_interpreted
@@ -877,3 +879,29 @@ def test_a_named_back_end_runs_or_raises():
         scan(inputs, backend="cpu")
     with pytest.raises(NotImplementedError, match="backend 'triton' cannot run this call"):
         scan(inputs, backend="triton")
+
+
+# ---- few long sequences, split in time ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", on.SPLITTING)
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_split_in_time_equals_the_walk(reverse, backend, monkeypatch):
+    """Pieces of 64 tokens, carried over, against one walk: outputs, states, every gradient, and what is saved."""
+    from endomamba.ops import _scan_triton
+
+    inputs = make(b=1, l=150, d=6, n=4, reverse=reverse)
+    eager, truth = run(inputs, backend="reference"), run(cast(inputs, torch.float64), backend="reference")
+    monkeypatch.setattr(_scan_triton, "SPLIT", {"least": 64, "warps": 1 << 20})
+    pieces = []
+    carry = _scan_triton._carry
+    monkeypatch.setattr(_scan_triton, "_carry", lambda *args, **kw: (pieces.append(args[6]), carry(*args, **kw)))
+    got = run(inputs, backend=backend)
+    assert pieces == [3, 3], "the walk was not split"
+    for name in truth:
+        slack = 8.0 * on.slack(backend)  # one more product for each piece
+        assert_as_accurate_as_eager(name, got[name], eager[name], truth[name], slack)
+    whole = run(inputs | {"plan": "invariant"}, backend=backend)
+    assert pieces == [3, 3], "the invariant plan was split"
+    for name in truth:
+        assert_as_accurate_as_eager(name, whole[name], eager[name], truth[name], slack)
