@@ -418,50 +418,55 @@ def _scan_bwd_kernel(
             k0 = begin + c * CHUNK
             blocks = tl.cdiv(tl.minimum(CHUNK, end - k0), T)
             h = load_states(cs_ptr + ((chunk0 + k0 // CHUNK) * d + offs_d) * N + state, mask_d, NH, NS, half, N, ASM)
-            # (1) states every T tokens
-            q = _state_inputs(
-                x_p, dt_p, B_p, m_p, k0, end, walk, frames, sB_n, half, mask_d,
-                SX, SDT, SB, NH, NS, VEC, CONST_B, MASK, REVERSE, TIME, ASM,
-            )  # fmt: skip
+            # (1) states every T tokens; the inputs of the next T are under way
+            q = ()
+            for p in tl.static_range(HT):
+                q = q + (
+                    _state_inputs(
+                        x_p, dt_p, B_p, m_p, k0 + 2 * p, end, walk, frames, sB_n, half, mask_d,
+                        SX, SDT, SB, NH, NS, VEC, CONST_B, MASK, REVERSE, TIME, ASM,
+                    ),
+                )  # fmt: skip
             for s in range(0, blocks - 1):
                 _put(scr, s, h, NH, W, False)
                 for p in tl.static_range(HT):
-                    new = _state_inputs(
-                        x_p, dt_p, B_p, m_p, k0 + s * T + 2 * p + 2, end, walk, frames, sB_n, half, mask_d,
-                        SX, SDT, SB, NH, NS, VEC, CONST_B, MASK, REVERSE, TIME, ASM,
-                    )  # fmt: skip
-                    x, dt, raw, real = _pair_dt(q[0], q[1], q[2], half < 2, bias, lane, MASK, SOFTPLUS, ASM)
+                    x, dt, raw, real = _pair_dt(q[0][0], q[0][1], q[0][2], half < 2, bias, lane, MASK, SOFTPLUS, ASM)
                     dt0, dt1 = to_both(dt, lane, ASM)
                     u0, u1 = to_both(dt * x, lane, ASM)
-                    b0, b1 = _pair_B(q[3], q[4], Bc, real, lane, NH, VEC, TYPE, CONST_B, MASK, ASM)
+                    b0, b1 = _pair_B(q[0][3], q[0][4], Bc, real, lane, NH, VEC, TYPE, CONST_B, MASK, ASM)
+                    q = q[1:] + (
+                        _state_inputs(
+                            x_p, dt_p, B_p, m_p, k0 + (s + 1) * T + 2 * p, end, walk, frames, sB_n, half, mask_d,
+                            SX, SDT, SB, NH, NS, VEC, CONST_B, MASK, REVERSE, TIME, ASM,
+                        ),
+                    )  # fmt: skip
                     h = advance(h, decays(A, dt0, NH, ASM), b0, u0, NH)
                     h = advance(h, decays(A, dt1, NH, ASM), b1, u1, NH)
-                    q = new
-            _put(scr, blocks - 1, h, NH, W, False)
+            kb = k0 + (blocks - 1) * T
+            q2 = _state_inputs(
+                x_p, dt_p, B_p, m_p, kb, end, walk, frames, sB_n, half, mask_d,
+                SX, SDT, SB, NH, NS, VEC, CONST_B, MASK, REVERSE, TIME, ASM,
+            )  # fmt: skip
+            q3 = _output_inputs(
+                z_p, dy_p, s_p, C_p, kb, end, walk, frames, sC_n, half, mask_d, none,
+                SZ, SDY, SC, NH, NS, VEC, CONST_C, HAS_Z, ADD, REVERSE, TIME, ASM,
+            )  # fmt: skip
             for ss in range(0, blocks):
                 s = blocks - 1 - ss
                 kb = k0 + s * T
-                h = _get(scr, s, NH, W, False)
                 # (2) forward
-                q2 = _state_inputs(
-                    x_p, dt_p, B_p, m_p, kb, end, walk, frames, sB_n, half, mask_d,
-                    SX, SDT, SB, NH, NS, VEC, CONST_B, MASK, REVERSE, TIME, ASM,
-                )  # fmt: skip
-                q3 = _output_inputs(
-                    z_p, dy_p, s_p, C_p, kb, end, walk, frames, sC_n, half, mask_d, none,
-                    SZ, SDY, SC, NH, NS, VEC, CONST_C, HAS_Z, ADD, REVERSE, TIME, ASM,
-                )  # fmt: skip
                 for p in tl.static_range(HT):
                     k = kb + 2 * p
                     live = k + half < end
-                    new2 = _state_inputs(
-                        x_p, dt_p, B_p, m_p, tl.minimum(k + 2, kb + T - 2), end, walk, frames, sB_n, half, mask_d,
-                        SX, SDT, SB, NH, NS, VEC, CONST_B, MASK, REVERSE, TIME, ASM,
-                    )  # fmt: skip
-                    new3 = _output_inputs(
-                        z_p, dy_p, s_p, C_p, tl.minimum(k + 2, kb + T - 2), end, walk, frames, sC_n, half, mask_d,
-                        none, SZ, SDY, SC, NH, NS, VEC, CONST_C, HAS_Z, ADD, REVERSE, TIME, ASM,
-                    )  # fmt: skip
+                    if p + 1 < HT:
+                        new2 = _state_inputs(
+                            x_p, dt_p, B_p, m_p, k + 2, end, walk, frames, sB_n, half, mask_d,
+                            SX, SDT, SB, NH, NS, VEC, CONST_B, MASK, REVERSE, TIME, ASM,
+                        )  # fmt: skip
+                        new3 = _output_inputs(
+                            z_p, dy_p, s_p, C_p, k + 2, end, walk, frames, sC_n, half, mask_d, none,
+                            SZ, SDY, SC, NH, NS, VEC, CONST_C, HAS_Z, ADD, REVERSE, TIME, ASM,
+                        )  # fmt: skip
                     x, dt, raw, real = _pair_dt(q2[0], q2[1], q2[2], live, bias, lane, MASK, SOFTPLUS, ASM)
                     dt0, dt1 = to_both(dt, lane, ASM)
                     u0, u1 = to_both(dt * x, lane, ASM)
@@ -501,11 +506,22 @@ def _scan_bwd_kernel(
                             to = sums + ((turn * HT + p) * 2 + 1) * 128 * W + warp * 128
                         _emit(to, pC0, pC1, e, place, k < end, lane, half, NH, W, EXACT, ASM)
                     _put(scalars, p, (dt, x, ds, raw), 4, W, ASM)
-                    q2 = new2
-                    q3 = new3
-                # (3) backward; the rows of the last pair are still here
+                    if p + 1 < HT:
+                        q2 = new2
+                        q3 = new3
+                # (3) backward; the rows of the last pair are still here, and the next T tokens come under way
                 rB = (q2[3], q2[4])
                 rC = (q3[3], q3[4])
+                before_s = tl.maximum(s - 1, 0)
+                h = _get(scr, before_s, NH, W, False)
+                q2 = _state_inputs(
+                    x_p, dt_p, B_p, m_p, k0 + before_s * T, end, walk, frames, sB_n, half, mask_d,
+                    SX, SDT, SB, NH, NS, VEC, CONST_B, MASK, REVERSE, TIME, ASM,
+                )  # fmt: skip
+                q3 = _output_inputs(
+                    z_p, dy_p, s_p, C_p, k0 + before_s * T, end, walk, frames, sC_n, half, mask_d, none,
+                    SZ, SDY, SC, NH, NS, VEC, CONST_C, HAS_Z, ADD, REVERSE, TIME, ASM,
+                )  # fmt: skip
                 for p in tl.static_range(HT - 1, -1, -1):
                     k = kb + 2 * p
                     live = k + half < end
@@ -513,13 +529,13 @@ def _scan_bwd_kernel(
                     sc = _get(scalars, p, 4, W, ASM)
                     ha = _get(smem, 2 * p, NH, W, ASM)
                     hb = _get(smem, 2 * p + 1, NH, W, ASM)
-                    back = tl.maximum(k - 2, kb)
-                    new_B = _pair_rows(
-                        B_p, back, end, walk, frames, sB_n, half, SB, NH, NS, VEC, CONST_B, REVERSE, TIME, ASM
-                    )
-                    new_C = _pair_rows(
-                        C_p, back, end, walk, frames, sC_n, half, SC, NH, NS, VEC, CONST_C, REVERSE, TIME, ASM
-                    )
+                    if p > 0:
+                        new_B = _pair_rows(
+                            B_p, k - 2, end, walk, frames, sB_n, half, SB, NH, NS, VEC, CONST_B, REVERSE, TIME, ASM
+                        )
+                        new_C = _pair_rows(
+                            C_p, k - 2, end, walk, frames, sC_n, half, SC, NH, NS, VEC, CONST_C, REVERSE, TIME, ASM
+                        )
                     dt = sc[0]
                     x = sc[1]
                     ds = sc[2]
@@ -561,8 +577,9 @@ def _scan_bwd_kernel(
                         else:
                             to = sums + (turn * HT + p) * 2 * 128 * W + warp * 128
                         _emit(to, pB0, pB1, e, place, k < end, lane, half, NH, W, EXACT, ASM)
-                    rB = new_B
-                    rC = new_C
+                    if p > 0:
+                        rB = new_B
+                        rC = new_C
                 if ASM and W > 1:
                     _meet(turn)
                     # the program's T * 32 sums, a few a thread, warp by warp
