@@ -5,7 +5,9 @@ Letters: b sequences, l tokens, d channels, n state size, g groups of B and C.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from functools import partial
 from math import gcd
 from typing import NamedTuple
@@ -19,6 +21,7 @@ from ._scan import CHUNK, Direction, chunk_states_shape, empty
 from ._scan_triton_bwd import _scan_adjoint_kernel, _scan_bwd_kernel, shared_asm
 from ._scan_triton_fwd import _scan_carry_kernel, _scan_fwd_kernel
 from ._triton import ASM, INTERPRET, AotCase, meta, on_device
+from ._triton_math import sigmoid
 from ._triton_scan import LANE_CHANNELS, offset
 
 STATES = 16  # a launch walks at most this many; more are walked one launch after the other
@@ -26,12 +29,16 @@ STATES = 16  # a launch walks at most this many; more are walked one launch afte
 # Measured on an H200 (bench/results/): pairs of inputs in flight and warps a program, forward.
 FWD = {"K": 2, "W": 2}
 # Tokens whose states are in shared memory, warps, programs a multiprocessor, register limit, backward.
-BWD = {"T": 4, "W": 2, "per_sm": 6, "maxnreg": 168}
+BWD = {"T": 4, "W": 2, "KEEP": False, "per_sm": 6, "maxnreg": 168}
 
 
 # Sequences that leave three quarters of a multiprocessor's 16 warps without work are split in time, in pieces of a
 # multiple of 64 tokens: three launches instead of one, twice the exponentials.
 SPLIT = {"least": 256, "warps": 16}
+
+
+# Both ways, sequences that fill the warps of a GPU less than this many times: a direction a stream, at the same time.
+APART = {"waves": 1.5, "warps": 16}
 
 
 @functools.cache
@@ -49,6 +56,36 @@ def _piece(call: _Call, plan: str) -> int:
     room = _processors(call.device) * SPLIT["warps"]
     warps = call.seqs * triton.cdiv(call.d, LANE_CHANNELS)
     return 0 if 4 * warps > room else CHUNK * max(1, call.l * warps // (CHUNK * 2 * room))
+
+
+def _apart(call: _Call, plan: str) -> bool:
+    """Whether the two directions run at the same time; the invariant plan never looks at the number of sequences."""
+    if plan == "invariant" or call.n > STATES:
+        return False
+    warps = call.seqs * triton.cdiv(call.d, LANE_CHANNELS)
+    return warps <= APART["waves"] * APART["warps"] * _processors(call.device)
+
+
+@functools.cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def _beside(device: torch.device) -> Iterator[None]:
+    """Launches inside run at the same time as what is launched on the current stream until `_join`."""
+    if device.type != "cuda":
+        yield
+        return
+    second = _second_stream(device)
+    second.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(second):
+        yield
+
+
+def _join(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).wait_stream(_second_stream(device))
 
 
 class _Call(NamedTuple):
@@ -162,6 +199,32 @@ def _forward_launch(
     )  # fmt: skip
 
 
+def _forward_apart(
+    call: _Call, sides: tuple[Direction, ...], y: Tensor, scale: float, finals: list[Tensor], chunks: list[Tensor],
+    return_final_state: bool, save_states: bool, plan: str,
+) -> None:  # fmt: skip
+    """A direction a stream, each to an fp32 output of its own; what adds and gates them comes after."""
+    parked = torch.empty(2, *y.shape, dtype=torch.float32, device=y.device)
+    where = (_beside(call.device), contextlib.nullcontext())
+    for i, place in enumerate(where):
+        with place:
+            _forward_launch(
+                call, sides[i], 0, call.n, parked[i], None, 1.0, False, finals[i] if return_final_state else None,
+                chunks[i] if save_states else None, _piece(call, plan),
+            )  # fmt: skip
+    _join(call.device)
+    _combine(call, parked, None, y, scale)
+
+
+def _combine(call: _Call, parked: Tensor, dy: Tensor | None, out: Tensor, scale: float) -> None:
+    z, total = call.z, out.numel()
+    _combine_kernel[(triton.cdiv(total, 1024),)](
+        parked, z, dy, out, scale, total, call.l, call.d, 0 if z is None else z.stride(0),
+        0 if dy is None else dy.stride(0), SZ=0 if z is None else z.stride(1), SDY=0 if dy is None else dy.stride(1),
+        HAS_Z=z is not None, BACK=dy is not None, BLOCK=1024, ASM=ASM, num_warps=4,
+    )  # fmt: skip
+
+
 def _edges(call: _Call, splits: int) -> tuple[Tensor, Tensor]:
     """Of every piece: a state (d, n), and its sum of dt."""
     shapes = (call.seqs, splits, call.d, call.n), (call.seqs, splits, call.d)
@@ -222,6 +285,9 @@ def scan_fwd(
         return y, finals, chunks
     sides = tuple(_side(side) for side in sides)
     with on_device(x):
+        if len(sides) == 2 and _apart(call, plan):
+            _forward_apart(call, sides, y, scale, finals, chunks, return_final_state, save_states, plan)
+            return y, finals, chunks
         for turn, (i, first, states) in enumerate(launches):
             last = turn == len(launches) - 1
             _forward_launch(
@@ -230,6 +296,29 @@ def scan_fwd(
                 _piece(call, plan),
             )  # fmt: skip
     return y, finals, chunks
+
+
+@triton.jit(do_not_specialize=["total", "l"])
+def _combine_kernel(
+    s_ptr, z_ptr, dy_ptr, out_ptr, scale, total, l, d, sz_b, sdy_b, SZ: tl.constexpr, SDY: tl.constexpr,
+    HAS_Z: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    # Grid (cdiv(b * l * d, BLOCK),): y = scale * (s_0 + s_1) * silu(z), or, BACK, dz.  Memory bound: 8 bytes an element
+    # of s, and z, y, dy once.
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < total
+    s = (tl.load(s_ptr + i, mask=mask, other=0.0) + tl.load(s_ptr + total + i, mask=mask, other=0.0)) * scale
+    row = i // d
+    at = row // l, row % l, i % d
+    if HAS_Z:
+        z = tl.load(z_ptr + at[0] * sz_b + at[1] * SZ + at[2], mask=mask, other=0.0).to(tl.float32)
+        sig = sigmoid(z, ASM)
+        if BACK:
+            dy = tl.load(dy_ptr + at[0] * sdy_b + at[1] * SDY + at[2], mask=mask, other=0.0).to(tl.float32)
+            s *= dy * sig * (1.0 + z * (1.0 - sig))
+        else:
+            s *= z * sig
+    tl.store(out_ptr + i, s.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["l", "tiles", "frames"])
@@ -318,9 +407,10 @@ def _programs(seqs: int, blocks: int, device: torch.device, per_sm: int) -> int:
 def _backward_launch(
     call: _Call, side: Direction, first: int, states: int, dy: Tensor, grads: tuple[Tensor, ...], dz: Tensor | None,
     chunk: Tensor, dfinal: Tensor | None, parked: Tensor | None, add: bool, park: bool,
-    sums: tuple | None, scale: float, max_seqlen: int, piece: int,
+    sums: tuple | None, scale: float, piece: int, max_seqlen: int,
 ) -> None:  # fmt: skip
-    T, W = BWD["T"], BWD["W"]
+    T, W, KEEP = BWD["T"], BWD["W"], BWD["KEEP"]
+    kept = 2 * T if KEEP else T
     x = side.x
     f32, device = torch.float32, x.device
     dx, ddt, dA, dB, dC, dD, ddt_bias, dstate = grads
@@ -343,7 +433,7 @@ def _backward_launch(
         has_dstate = False
     programs = _programs(call.seqs * splits, blocks, device, BWD["per_sm"])
     quads = triton.cdiv(triton.cdiv(states, 2), 4)
-    slots = CHUNK // T + (0 if ASM else T + T // 2)
+    slots = CHUNK // T + (0 if ASM else kept + T // 2)
     scratch = torch.empty(programs * blocks * slots * quads * 128 * W, dtype=f32, device=device)
     longest = call.l if call.cu_seqlens is None else max_seqlen
     pairs = call.seqs * triton.cdiv(call.l, 2) if call.cu_seqlens is None else call.l // 2 + call.seqs
@@ -355,7 +445,7 @@ def _backward_launch(
 
     pA, pB, pC = (partial(w, call.d, states) for w in (True, const_B, const_C))
     pD, pbias = partial(has_D, call.d), partial(has_bias, call.d)
-    shared = (T * quads + T // 2) * 512 * W + (2 * T * 128 * W if W > 1 else 0)
+    shared = (kept * quads + T // 2) * 512 * W + (2 * T * 128 * W if W > 1 else 0)
     gB, gA, add_g, park_g = sums if sums is not None else (None, None, False, False)
     options = {} if INTERPRET else {"maxnreg": BWD["maxnreg"], "num_stages": 1}
     _scan_bwd_kernel[(programs * blocks,)](
@@ -363,7 +453,8 @@ def _backward_launch(
         call.cu_seqlens, call.mask, dx, ddt, dz, rows, pA, pB, pC, pD, pbias, dstate, scratch, scale, call.l, call.d,
         call.seqs, splits, call.frames, sdy_b=dy.stride(0), SDY=dy.stride(1), **args, HAS_Z=call.z is not None,
         HAS_D=has_D, HAS_DHL=dfinal is not None, HAS_DH0=has_dstate, ADD=add, PARK=park, ADD_G=add_g,
-        PARK_G=park_g, EXACT=x.dtype == f32, LS=piece, T=T, W=W, SHARED=shared_asm(shared), num_warps=W, **options,
+        PARK_G=park_g, EXACT=x.dtype == f32, LS=piece, T=T, W=W, KEEP=KEEP,
+        SHARED=shared_asm(shared), num_warps=W, **options,
     )  # fmt: skip
     if not (const_B and const_C) and longest:
         TP = 16
@@ -420,21 +511,30 @@ def scan_bwd(
     sides = tuple(_side(side) for side in sides)
     parts = _parts(n)
     launches = len(sides) * len(parts)
-    parked = empty(x, *x.shape, dtype=f32) if z is not None and launches > 1 else None
+    apart = len(sides) == 2 and _apart(call, plan)
+    parked = None
+    if z is not None and launches > 1:
+        parked = torch.empty(2 if apart else 1, *x.shape, dtype=f32, device=x.device)
     turn = 0
     with on_device(x):
         for side, dfinal, chunk, grad in zip(sides, dfinal_states, chunk_states, grads, strict=True):
             sums = [empty(x, *x.shape, dtype=f32) for _ in range(2)] if len(parts) > 1 else None
             present = (*grad[:7], grad[7] if side.initial_state is not None else None)
             for i, (first, states) in enumerate(parts):
-                _backward_launch(
-                    call, side, first, states, dy, present, dz, chunk,
-                    _states(dfinal), parked, parked is not None and turn > 0,
-                    parked is not None and turn < launches - 1,
-                    None if sums is None else (*sums, i > 0, i < len(parts) - 1), scale, max_seqlen,
-                    _piece(call, plan),
-                )  # fmt: skip
+                with _beside(call.device) if apart and turn == 0 else contextlib.nullcontext():
+                    _backward_launch(
+                        call, side, first, states, dy, present, dz, chunk, _states(dfinal),
+                        None if parked is None else parked[turn if apart else 0],
+                        parked is not None and not apart and turn > 0,
+                        parked is not None and (apart or turn < launches - 1),
+                        None if sums is None else (*sums, i > 0, i < len(parts) - 1), scale, _piece(call, plan),
+                        max_seqlen,
+                    )  # fmt: skip
                 turn += 1
+        if apart:
+            _join(call.device)
+            if parked is not None:
+                _combine(call, parked, dy, dz, scale)
     return dz, grads
 
 

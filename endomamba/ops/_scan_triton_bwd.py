@@ -261,7 +261,7 @@ def _add_products(acc, h0, ds0, h1, ds1, NH: tl.constexpr):
 
 
 @triton.jit
-def _token_back(dh, dA, dBc, A, B, C, h, dt, u, ds, NH: tl.constexpr, CONST_B: tl.constexpr, ASM: tl.constexpr):
+def _token_back(dh, dA, dBc, A, B, C, h, a, dt, u, ds, NH: tl.constexpr, CONST_B: tl.constexpr):
     # One token of the adjoint walk; h: the state before the token.  -> dh before it, dA, dBc, products for dB, and the
     # lane's sums <dh, B> and <dh decay h, A>.
     pB = ()
@@ -277,7 +277,7 @@ def _token_back(dh, dA, dBc, A, B, C, h, dt, u, ds, NH: tl.constexpr, CONST_B: t
             nB = nB + (dBc[i] + g * u,)
         else:
             pB = pB + (g * u,)
-        g *= exp2(A[i] * dt, ASM)
+        g *= a[i]
         nd = nd + (g,)
         g *= h[i]
         nA = nA + (dA[i] + g * dt,)
@@ -316,7 +316,7 @@ def _scan_bwd_kernel(
     HAS_DHL: tl.constexpr, HAS_DH0: tl.constexpr, ADD: tl.constexpr, PARK: tl.constexpr, ADD_G: tl.constexpr,
     PARK_G: tl.constexpr, PACKED: tl.constexpr, MASK: tl.constexpr, REVERSE: tl.constexpr, TIME: tl.constexpr,
     SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, LS: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
-    SHARED: tl.constexpr, ASM: tl.constexpr, CHUNK: tl.constexpr,
+    KEEP: tl.constexpr, SHARED: tl.constexpr, ASM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     # Grid (P * g * cdiv(d / g, 16 W),): a program owns 16 W channels and every P-th sequence (LS > 0: piece of LS
     #   tokens), so dA, dD, ddt_bias stay in registers over all of them; lanes as in _triton_scan.
@@ -333,6 +333,7 @@ def _scan_bwd_kernel(
     BD: tl.constexpr = 16 * W
     NB1: tl.constexpr = CHUNK // T
     HT: tl.constexpr = T // 2
+    KEPT: tl.constexpr = 2 * T if KEEP else T  # slots
     TYPE: tl.constexpr = B_ptr.dtype.element_ty
     lane = tl.arange(0, 32 * W)
     half = (lane // 16) % 2
@@ -357,14 +358,14 @@ def _scan_bwd_kernel(
     if ASM:
         e = _one_hots(lane)
         smem = _shared(lane * 16, SHARED)
-        scalars = smem + T * Q * 512 * W
-        sums = smem + (T * Q + HT) * 512 * W - lane * 16
+        scalars = smem + KEPT * Q * 512 * W
+        sums = smem + (KEPT * Q + HT) * 512 * W - lane * 16
         place *= 4 if W > 1 else 1
         warp = lane // 32
     else:
         e = ()
-        smem = scratch_ptr + (tl.num_programs(0).to(tl.int64) * NB1 + pid * (T + HT)) * 4 * Q * 32 * W + lane
-        scalars = smem + T * 4 * Q * 32 * W
+        smem = scratch_ptr + (tl.num_programs(0).to(tl.int64) * NB1 + pid * (KEPT + HT)) * 4 * Q * 32 * W + lane
+        scalars = smem + KEPT * 4 * Q * 32 * W
         sums = smem
         warp = lane
     scr = scratch_ptr + pid.to(tl.int64) * NB1 * 4 * Q * 32 * W + lane
@@ -474,9 +475,14 @@ def _scan_bwd_kernel(
                     c0 = Cc if CONST_C else unpack(q3[3], NH, VEC, TYPE)
                     c1 = Cc if CONST_C else unpack(q3[4], NH, VEC, TYPE)
                     _put(smem, 2 * p, h, NH, W, ASM)
-                    h0 = advance(h, decays(A, dt0, NH, ASM), b0, u0, NH)
+                    a0 = decays(A, dt0, NH, ASM)
+                    h0 = advance(h, a0, b0, u0, NH)
                     _put(smem, 2 * p + 1, h0, NH, W, ASM)
-                    h = advance(h0, decays(A, dt1, NH, ASM), b1, u1, NH)
+                    a1 = decays(A, dt1, NH, ASM)
+                    h = advance(h0, a1, b1, u1, NH)
+                    if KEEP:
+                        _put(smem, T + 2 * p, a0, NH, W, ASM)
+                        _put(smem, T + 2 * p + 1, a1, NH, W, ASM)
                     ds = tl.where(live, q3[1].to(tl.float32) * scale, 0.0)
                     at = row + offset(tl.minimum(k + half, end - 1), walk, frames, SY, REVERSE, TIME)
                     if HAS_Z or PARK:
@@ -550,8 +556,10 @@ def _scan_bwd_kernel(
                     b0, b1 = _pair_B(rB[0], rB[1], Bc, real, lane, NH, VEC, TYPE, CONST_B, MASK, ASM)
                     c0 = Cc if CONST_C else unpack(rC[0], NH, VEC, TYPE)
                     c1 = Cc if CONST_C else unpack(rC[1], NH, VEC, TYPE)
-                    dh, dA, dBc, pB1, gB1, gA1 = _token_back(dh, dA, dBc, A, b1, c1, hb, dt1, u1, ds1, NH, CONST_B, ASM)
-                    dh, dA, dBc, pB0, gB0, gA0 = _token_back(dh, dA, dBc, A, b0, c0, ha, dt0, u0, ds0, NH, CONST_B, ASM)
+                    a1 = _get(smem, T + 2 * p + 1, NH, W, ASM) if KEEP else decays(A, dt1, NH, ASM)
+                    dh, dA, dBc, pB1, gB1, gA1 = _token_back(dh, dA, dBc, A, b1, c1, hb, a1, dt1, u1, ds1, NH, CONST_B)
+                    a0 = _get(smem, T + 2 * p, NH, W, ASM) if KEEP else decays(A, dt0, NH, ASM)
+                    dh, dA, dBc, pB0, gB0, gA0 = _token_back(dh, dA, dBc, A, b0, c0, ha, a0, dt0, u0, ds0, NH, CONST_B)
                     gB = own_total(gB0, gB1, lane, ASM)
                     gA = own_total(gA0, gA1, lane, ASM)
                     at = row + offset(k_own, walk, frames, SY, REVERSE, TIME)

@@ -222,14 +222,11 @@ def _scan_fwd_kernel(
     G: tl.constexpr = -1 if REVERSE else 1
     total = none
     PER: tl.constexpr = CHUNK // TILE
-    chunks = tl.cdiv(tiles, PER) if SAVE else 1
+    chunks = tl.cdiv(tiles, PER)
     for c in range(0, chunks):
         if SAVE:
             store_states(cs_p + (c + wide) * N * d, h, mask_d, NH, NS, half, N, ASM)
-            stop = tl.minimum((c + 1) * PER, tiles)
-        else:
-            stop = tiles
-        for t in range(c * PER, stop):
+        for t in range(c * PER, tl.minimum((c + 1) * PER, tiles)):
             here = t * TILE
             ahead = tl.minimum(here + TILE, count - TILE)
             if TIME:

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+NEG_LOG2E = tl.constexpr(-1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -35,7 +36,7 @@ def _log1p01(u):
 @triton.jit
 def softplus(v, ASM: tl.constexpr):
     # max(v, 0) + log1p(exp(-|v|)): no overflow, no cancellation; above 20 it is v itself in fp32
-    return tl.maximum(v, 0.0) + _log1p01(exp2(-tl.abs(v) * LOG2E, ASM))
+    return tl.maximum(v, 0.0) + _log1p01(exp2(tl.abs(v) * NEG_LOG2E, ASM))
 
 
 @triton.jit
@@ -45,10 +46,10 @@ def sigmoid(v, ASM: tl.constexpr):
         return tl.inline_asm_elementwise(
             "{.reg .f32 t; ex2.approx.ftz.f32 t, $1; add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t;}",
             "=f,f",
-            [-v * LOG2E],
+            [v * NEG_LOG2E],
             dtype=tl.float32,
             is_pure=True,
             pack=1,
         )
     else:
-        return 1.0 / (1.0 + tl.exp2(-v * LOG2E))
+        return 1.0 / (1.0 + tl.exp2(v * NEG_LOG2E))

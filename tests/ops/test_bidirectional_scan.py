@@ -405,3 +405,19 @@ def test_mistakes_are_named(mistake):
     change, message = MISTAKES[mistake]
     with pytest.raises(ValueError, match="^bidirectional_scan: .*" + message):
         scan(make(directions=2) | change)
+
+
+@pytest.mark.parametrize("backend", on.SPLITTING)
+def test_directions_at_the_same_time_equal_one_after_the_other(backend, monkeypatch):
+    from endomamba.ops import _scan_triton
+
+    inputs = make(l=21, directions=2, scale=0.5)
+    combined = []
+    combine = _scan_triton._combine
+    monkeypatch.setattr(_scan_triton, "_combine", lambda *args: (combined.append(args[2] is None), combine(*args)))
+    monkeypatch.setattr(_scan_triton, "APART", {"waves": 1e9, "warps": 1})
+    together = run(inputs, backend=backend)
+    assert combined == [True, False]
+    alone = run(inputs | {"plan": "invariant"}, backend=backend)
+    assert combined == [True, False], "the invariant plan looked at the number of sequences"
+    assert_same(together, alone, backend)

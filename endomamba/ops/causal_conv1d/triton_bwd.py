@@ -8,10 +8,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._triton import ASM, on_device
+from .._triton import ASM, AotCase, meta, on_device
 from .._triton_math import sigmoid
 from .triton_fwd import (
     advance,
+    aot_options,
+    aot_tensors,
     at,
     begin,
     column_mask,
@@ -329,3 +331,17 @@ def bidirectional_conv1d_bwd(dy, dy_b, x, weight, bias, weight_b, bias_b, cu_seq
     )
     dbias, dbias_b = _or_empty(gradients[1], weight), _or_empty(gradients_b[1], weight_b)
     return dx, gradients[0], dbias, gradients_b[0], dbias_b
+
+
+def aot_cases() -> list[AotCase]:
+    cases = []
+    for name, both, slow, changes in aot_options():
+        (x, weight, bias, state, cu_seqlens), reverse, frames = aot_tensors(**changes)
+        dy = meta(*x.shape, dtype=x.dtype)
+        if both:
+            args = (dy, dy, x, weight, bias, weight, bias, cu_seqlens, True, frames)
+            cases.append(AotCase(name, bidirectional_conv1d_bwd, args, slow))
+        else:
+            args = (dy, state, x, weight, bias, state, cu_seqlens, True, reverse, frames)
+            cases.append(AotCase(name, causal_conv1d_bwd, args, slow))
+    return cases

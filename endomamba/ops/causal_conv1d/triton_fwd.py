@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import functools
 
+import torch
 import triton
 import triton.language as tl
 
-from .._triton import ASM, on_device
+from .._triton import ASM, AotCase, meta, on_device
 from .._triton_math import sigmoid
 
 # both directions? -> tokens that a walker loads at once, channels of a lane (at most 16 bytes), walkers of a program.
@@ -333,3 +334,46 @@ def bidirectional_conv1d_fwd(x, weight, bias, weight_b, bias_b, cu_seqlens, silu
     y, y_b = x.new_empty(x.shape), x.new_empty(x.shape)
     _launch(x, (weight, bias, y), (weight_b, bias_b, y_b), (None, None), cu_seqlens, silu, False, frames)
     return y, y_b
+
+
+def aot_options() -> list[tuple[str, bool, bool, dict]]:
+    """name, both directions?, slow?, changes to a causal bf16 call of the small model's width."""
+    return [
+        ("bf16", False, False, {}),
+        ("both-bf16", True, False, {}),
+        ("fp32", False, False, {"dtype": torch.float32}),
+        ("both-fp32", True, True, {"dtype": torch.float32}),
+        ("fp16", False, True, {"dtype": torch.float16}),
+        ("states-bf16", False, False, {"states": True}),
+        ("reverse-bf16", False, True, {"reverse": True}),
+        ("packed-bf16", False, True, {"packed": 5, "b": 1}),
+        ("both-packed-bf16", True, True, {"packed": 5, "b": 1}),
+        ("time-bf16", False, True, {"frames": 7}),
+        ("both-time-bf16", True, True, {"frames": 7}),
+        ("uneven-bf16", False, True, {"d": 200}),
+        ("both-uneven-bf16", True, True, {"d": 200}),
+        ("w3-bf16", False, True, {"w": 3}),
+        ("w8-bf16", False, True, {"w": 8}),
+        ("both-w8-fp32", True, True, {"w": 8, "dtype": torch.float32}),
+    ]
+
+
+def aot_tensors(b=16, l=196, d=768, w=4, dtype=torch.bfloat16, states=False, reverse=False, packed=0, frames=0):
+    """x as the first half of in_proj's output, weight, bias, initial_state, cu_seqlens; reverse, frames."""
+    x = meta(b, l, 2 * d, dtype=dtype)[..., :d]
+    state = meta(b, w - 1, d) if states else None
+    cu_seqlens = meta(packed + 1, dtype=torch.int32) if packed else None
+    return (x, meta(d, w), meta(d), state, cu_seqlens), reverse, frames
+
+
+def aot_cases() -> list[AotCase]:
+    cases = []
+    for name, both, slow, changes in aot_options():
+        (x, weight, bias, state, cu_seqlens), reverse, frames = aot_tensors(**changes)
+        if both:
+            args = (x, weight, bias, weight, bias, cu_seqlens, True, frames)
+            cases.append(AotCase(name, bidirectional_conv1d_fwd, args, slow))
+        else:
+            args = (x, weight, bias, state, cu_seqlens, True, reverse, frames, state is not None)
+            cases.append(AotCase(name, causal_conv1d_fwd, args, slow))
+    return cases
