@@ -20,25 +20,12 @@ from torch import Tensor
 from ._scan import CHUNK, Direction, chunk_states_shape, empty
 from ._scan_triton_bwd import _scan_adjoint_kernel, _scan_bwd_kernel, shared_asm
 from ._scan_triton_fwd import _scan_carry_kernel, _scan_fwd_kernel
+from ._scan_triton_table import APART, BWD, FWD, SPLIT
 from ._triton import ASM, INTERPRET, AotCase, meta, on_device
 from ._triton_math import sigmoid
 from ._triton_scan import LANE_CHANNELS, offset
 
 STATES = 16  # a launch walks at most this many; more are walked one launch after the other
-
-# Measured on an H200 (bench/results/): pairs of inputs in flight and warps a program, forward.
-FWD = {"K": 2, "W": 2}
-# Tokens whose states are in shared memory, warps, programs a multiprocessor, register limit, backward.
-BWD = {"T": 4, "W": 2, "KEEP": False, "per_sm": 6, "maxnreg": 168}
-
-
-# Sequences that leave three quarters of a multiprocessor's 16 warps without work are split in time, in pieces of a
-# multiple of 64 tokens: three launches instead of one, twice the exponentials.
-SPLIT = {"least": 256, "warps": 16}
-
-
-# Both ways, sequences that fill the warps of a GPU less than this many times: a direction a stream, at the same time.
-APART = {"waves": 1.5, "warps": 16}
 
 
 @functools.cache
@@ -175,7 +162,7 @@ def _forward_launch(
     call: _Call, side: Direction, first: int, states: int, y: Tensor | None, parked: Tensor | None, scale: float,
     gated: bool, final: Tensor | None, chunk: Tensor | None, piece: int,
 ) -> None:  # fmt: skip
-    K, W = FWD["K"], FWD["W"]
+    K, W = FWD["K"] if call.l >= 8 or call.cu_seqlens is not None else 1, FWD["W"]
     args = _shared_arguments(call, side, first, states)
     channels = call.d // args["GROUPS"]
     blocks = args["GROUPS"] * triton.cdiv(channels, LANE_CHANNELS * W)
@@ -447,7 +434,7 @@ def _backward_launch(
     pD, pbias = partial(has_D, call.d), partial(has_bias, call.d)
     shared = (kept * quads + T // 2) * 512 * W + (2 * T * 128 * W if W > 1 else 0)
     gB, gA, add_g, park_g = sums if sums is not None else (None, None, False, False)
-    options = {} if INTERPRET else {"maxnreg": BWD["maxnreg"], "num_stages": 1}
+    options = {"maxnreg": BWD["maxnreg"], "num_stages": 1} if ASM else {}
     _scan_bwd_kernel[(programs * blocks,)](
         dy, x, side.dt, side.A, side.B, side.C, side.D, call.z, side.dt_bias, chunk, dfinal, parked, gB, gA,
         call.cu_seqlens, call.mask, dx, ddt, dz, rows, pA, pB, pC, pD, pbias, dstate, scratch, scale, call.l, call.d,

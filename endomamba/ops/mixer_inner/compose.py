@@ -55,15 +55,15 @@ def project(u: Tensor, side: Side) -> Projected:
 
 
 def project_backward(
-    u: Tensor, side: Side, projected: Projected, ddt: Tensor, dB: Tensor, dC: Tensor
+    u: Tensor, side: Side, projected: Projected, du: Tensor, ddt: Tensor, dB: Tensor, dC: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> du through the projections, dx_proj_weight, ddt_proj_weight, the last two in their weight's dtype."""
+    """-> du with what comes through the projections, dx_proj_weight, ddt_proj_weight, both in their weight's dtype."""
     ddt_rows, low_rows = ddt.flatten(0, 1), projected.dt_low.flatten(0, 1)
     ddt_proj = ddt_rows.mT @ low_rows
     ddt_low = ddt @ side.dt_proj_weight.to(u.dtype)
     dprojected = torch.cat((ddt_low, dB.squeeze(2), dC.squeeze(2)), dim=-1)
     dx_proj = dprojected.flatten(0, 1).mT @ u.flatten(0, 1)
-    du = dprojected @ side.x_proj_weight.to(u.dtype)
+    du = torch.addmm(du.flatten(0, 1), dprojected.flatten(0, 1), side.x_proj_weight.to(u.dtype)).view_as(u)
     return du, dx_proj.to(side.x_proj_weight.dtype), ddt_proj.to(side.dt_proj_weight.dtype)
 
 
@@ -124,9 +124,9 @@ def bwd(
             dy, dssm_state, u, *projected[:1], side.A, *projected[1:3], side.D, z, side.dt_bias, initial_ssm_state,
             walk.cu_seqlens, None, chunks, True, walk.reverse, walk.frames, walk.max_seqlen, walk.plan,
         )  # fmt: skip
-        du_projected, dx_proj, ddt_proj = project_backward(u, side, projected, ddt, dB, dC)
+        du, dx_proj, ddt_proj = project_backward(u, side, projected, du, ddt, dB, dC)
         dx, dweight, dbias, dconv = TABLES["causal_conv1d"][backend].bwd(
-            du.add_(du_projected), dconv_state, x, side.conv_weight, side.conv_bias, initial_conv_state,
+            du, dconv_state, x, side.conv_weight, side.conv_bias, initial_conv_state,
             walk.cu_seqlens, True, walk.reverse, walk.frames,
         )  # fmt: skip
         return torch.cat((dx, dz), -1), Side(dweight, dbias, dx_proj, ddt_proj, ddt_bias, dA, dD), None, dconv, dssm
@@ -141,10 +141,10 @@ def bwd(
         side.dt_bias, side_b.dt_bias, None, None, walk.cu_seqlens, None, chunks, chunks_b,
         scale, True, walk.frames, walk.max_seqlen, walk.plan,
     )  # fmt: skip
-    du_projected, dx_proj, ddt_proj = project_backward(u, side, projected, ddt, dB, dC)
-    du_projected_b, dx_proj_b, ddt_proj_b = project_backward(u_b, side_b, projected_b, ddt_b, dB_b, dC_b)
+    du, dx_proj, ddt_proj = project_backward(u, side, projected, du, ddt, dB, dC)
+    du_b, dx_proj_b, ddt_proj_b = project_backward(u_b, side_b, projected_b, du_b, ddt_b, dB_b, dC_b)
     dx, dweight, dbias, dweight_b, dbias_b = TABLES["bidirectional_conv1d"][backend].bwd(
-        du.add_(du_projected), du_b.add_(du_projected_b), x, side.conv_weight, side.conv_bias,
+        du, du_b, x, side.conv_weight, side.conv_bias,
         side_b.conv_weight, side_b.conv_bias, walk.cu_seqlens, True, walk.frames,
     )  # fmt: skip
     absent = (empty(xz, dtype=dA.dtype) for _ in range(2))

@@ -1,0 +1,14 @@
+"""How the Triton scan is launched.  FWD and BWD are written by `python -m bench.tune_scan --write`, which keeps what it
+measured in bench/results/h200_scan_tuning.json; the table holds for every GPU until another is measured.
+"""
+
+# Forward: pairs of inputs in flight (one where there are fewer than 8 tokens), warps a program.
+FWD = {"K": 4, "W": 1}
+# Backward: tokens whose states are in shared memory, warps, whether their decays are too, programs a multiprocessor,
+# and the register limit that makes room for them.
+BWD = {"T": 4, "W": 2, "KEEP": True, "per_sm": 6, "maxnreg": 168}
+# Sequences that leave three quarters of a multiprocessor's 16 warps without work, and of at least so many tokens, are
+# split in time, in pieces of a multiple of 64 tokens: three launches instead of one, twice the exponentials.
+SPLIT = {"least": 256, "warps": 16}
+# Both ways, sequences that fill the warps of a GPU less than this many times: a direction a stream, at the same time.
+APART = {"waves": 1.5, "warps": 16}
