@@ -656,7 +656,7 @@ def about(args) -> dict:
     flags = [f"--rounds {args.rounds}", "--graph" if args.graph else "", "--mamba" if args.mamba else ""]
     return {
         "command": " ".join(["python -m bench.bench_gpu", *filter(None, flags)]),
-        "commit": said("git", "rev-parse", "HEAD") or args.commit, "date": time.strftime("%Y-%m-%d"), "gpu": gpu,
+        "commit": args.commit or said("git", "rev-parse", "HEAD"), "date": time.strftime("%Y-%m-%d"), "gpu": gpu,
         "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "endomamba": endomamba.__version__, "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton,
         "timing": "CUDA graphs" if args.graph else "events", "rounds": args.rounds,
@@ -718,7 +718,7 @@ def main():
     parser.add_argument("--compile-first", type=int, default=0, metavar="JOBS", help="so many processes compile first")
     parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--commit", default="", help="where git cannot say it")
+    parser.add_argument("--commit", default="", help="of the tree that runs; else what git says")
     parser.add_argument("--list", action="store_true", help="the names of the cases")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU, nothing written but to --out")
     parser.add_argument("--after", default="", help=argparse.SUPPRESS)  # a run taken up by itself

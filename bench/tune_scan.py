@@ -104,7 +104,7 @@ def main():
     parser.add_argument("--write", action="store_true", help="rewrite the table with the choice")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--commit", default="", help="where git cannot say it")
+    parser.add_argument("--commit", default="", help="of the tree that runs; else what git says")
     parser.add_argument(
         "--compile", type=int, default=None, help=argparse.SUPPRESS
     )  # fills the cache: every 8th choice
