@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ops.backends import DEVICE, NAMES, PLAIN
+from tests.ops.backends import DEVICE, INTERPRET, NAMES, PLAIN
 
 # Here, before the test modules are imported: their tables hold tensors.
 if DEVICE != "cpu":
@@ -42,3 +42,19 @@ def _poisoned(allocate):
 def poisoned_empty(monkeypatch):
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+if INTERPRET:
+    # Triton 3.7's interpreter patches triton.language anew at every call of a device function, half of its time; once a
+    # kernel is enough.  Not needed where _patch_lang looks whether it has been there.
+    from triton.runtime import interpreter
+
+    def _call(self, *args, **kwargs):
+        if not hasattr(self, "languages"):
+            known = (interpreter.tl, interpreter.tl.core)
+            self.languages = [m for m in known if any(m is value for value in self.fn.__globals__.values())]
+        if any(interpreter.tl.core.is_builtin(m.load) for m in self.languages):
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = _call

@@ -174,7 +174,7 @@ def test_gradcheck(both):
 
 
 @backends
-@pytest.mark.parametrize("split", on.few([1, 2, 3, 20, 64, 69], 2))
+@pytest.mark.parametrize("split", on.few([1, 2, 3, 20, 64, 69]))
 def test_split_and_carried_state_equal_the_whole(split, backend):
     """Outputs and gradients, the gradient flowing back through both states (demand B2, B7: chunks shorter than w)."""
     p, (xz, conv_state, ssm_state) = parameters(16, 4, 2), inputs(2, 70, 16, 4)
@@ -347,6 +347,7 @@ def test_opcheck_frame_step(backend):
     opcheck(frame_step_op, (xz, conv_state, ssm_state, *p, backend))
 
 
+@on.slow_interpreted
 @backends
 def test_compile_fullgraph(backend):
     p, p_b = parameters(8, 4, 2), parameters(8, 4, 2, seed=5)

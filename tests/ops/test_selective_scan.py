@@ -249,6 +249,7 @@ def test_a03_final_state_with_constant_operands(constant, backend):
     assert_close(got, want, tolerance=1e-11 if backend == "reference" else 1e-5)
 
 
+@on.slow_interpreted
 @backends
 def test_a04_loss_on_the_final_state_only(backend):
     inputs = make(l=67)
@@ -570,6 +571,7 @@ def test_time_order_is_a_permutation(frames, reverse, backend):
     assert_same(got, want, backend)
 
 
+@on.slow_interpreted
 @backends
 def test_reverse_is_a_flip(backend):
     inputs = make(l=67, dtype=exact(backend))
@@ -660,7 +662,7 @@ def test_softplus_is_the_identity_above_twenty():
 
 
 @backends
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("dtype", on.few(DTYPES, torch.float16), ids=dtype_id)
 def test_extreme_inputs_stay_finite(dtype, backend):
     """dt from -30 to 50 before softplus, fp16 x as large as its sums over n allow."""
     inputs = make(b=1, l=81, d=3, n=4, dtype=dtype, absent=("D", "dt_bias", "z"))
@@ -798,6 +800,7 @@ def test_opcheck_inference_and_backward(backend):
         torch.library.opcheck(selective_scan_backward_op, (dy, dfinal, *args[:11], chunk_states, *flags))
 
 
+@on.slow_interpreted
 @backends
 def test_compiles_whole_with_few_graphs(backend):
     """Lengths 20, 30, 40, 50: one static graph and one dynamic one, forward and backward, same bits."""
@@ -885,7 +888,7 @@ def test_a_named_back_end_runs_or_raises():
 
 
 @pytest.mark.parametrize("backend", on.SPLITTING)
-@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("reverse", on.few([False, True], True), ids=["forward", "reverse"])
 def test_split_in_time_equals_the_walk(reverse, backend, monkeypatch):
     """Pieces of 64 tokens, carried over, against one walk: outputs, states, every gradient, and what is saved."""
     from endomamba.ops import _scan_triton
