@@ -526,12 +526,12 @@ def scan_bwd(
 
 
 def aot_cases() -> list[AotCase]:
-    """dtype, states, and what else makes another kernel; d = 768 as in the small model."""
+    """dtype, states, and what else makes another kernel; d = 768 as in the small model.  quick: parts in every test."""
     cases = []
     options = dict(scale=1.0, dt_softplus=True, max_seqlen=0)
 
     def case(
-        name: str, dtype=torch.bfloat16, l=49, b=768, n=16, sides=1, z=True, state=False, slow=True, **more
+        name: str, dtype=torch.bfloat16, l=49, b=768, n=16, sides=1, z=True, state=False, quick="", **more
     ) -> None:
         d, r = 768, 24
         flags = options | {"frames": 0, "plan": "auto"} | more
@@ -544,17 +544,17 @@ def aot_cases() -> list[AotCase]:
         forward = partial(scan_fwd, return_final_state=state, save_states=True, out_fp32=False, **flags)
         chunks = tuple(meta(*chunk_states_shape(x, walks[0].A, None)) for _ in walks)
         finals = tuple(start for _ in walks)
-        cases.append(AotCase(f"fwd-{name}", forward, (walks, gate, None, None), slow))
-        cases.append(
-            AotCase(f"bwd-{name}", partial(scan_bwd, **flags), (x, finals, walks, gate, None, None, chunks), slow)
-        )
+        backward = partial(scan_bwd, **flags)
+        cases.append(AotCase(f"fwd-{name}", forward, (walks, gate, None, None), "fwd" not in quick))
+        cases.append(AotCase(f"bwd-{name}", backward, (x, finals, walks, gate, None, None, chunks), "bwd" not in quick))
 
-    case("bf16", slow=False)
+    case("bf16")
     case("both-bf16", sides=2)
     case("fp16", dtype=torch.float16)
     case("fp32", dtype=torch.float32)
     case("state-bf16", state=True, b=48, l=784)
-    case("split-bf16", b=1, l=3152, state=True)
+    case("split-bf16", b=1, l=3152, state=True, slow=False)
+    case("apart-bf16", sides=2, b=16, l=197, slow=False)
     case("plain-bf16", z=False)
     case("n8-bf16", n=8)
     case("n3-fp32", n=3, dtype=torch.float32)
