@@ -284,6 +284,9 @@ def main() -> None:
             found = compile_all(jobs, args.jobs, args.timeout)
         finally:
             shutil.rmtree(cache, ignore_errors=True)
+    failed = any(isinstance(value, str) for rows in found.values() for value in rows.values())
+    if failed and args.out == DATA and not args.print:
+        sys.exit("nothing written: the cases named above do not compile")
     if args.print:
         for target, rows in found.items():
             for row, value in sorted(rows.items()):
@@ -291,7 +294,7 @@ def main() -> None:
                 print(f"{target} {row}: {text}")
     else:
         write(found, args.out, whole=args.out != DATA or not (args.target or args.only or args.quick))
-    sys.exit(any(isinstance(value, str) for rows in found.values() for value in rows.values()))
+    sys.exit(failed)
 
 
 if __name__ == "__main__":
