@@ -9,7 +9,6 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from functools import partial
-from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -18,12 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ._scan import CHUNK, Direction, chunk_states_shape, empty
-from ._scan_triton_bwd import _scan_adjoint_kernel, _scan_bwd_kernel, shared_asm
+from ._scan_triton_bwd import _scan_adjoint_kernel, _scan_bwd_kernel
 from ._scan_triton_fwd import _scan_carry_kernel, _scan_fwd_kernel
 from ._scan_triton_table import APART, BWD, FWD, SPLIT
 from ._triton import ASM, INTERPRET, AotCase, meta, on_device
 from ._triton_math import sigmoid
 from ._triton_scan import LANE_CHANNELS, offset
+from ._triton_shared import shared_asm
 
 STATES = 16  # a launch walks at most this many; more are walked one launch after the other
 
@@ -118,20 +118,6 @@ def _side(side: Direction) -> Direction:
     )  # fmt: skip
 
 
-def _vector(states: int, first: int, *rows: Tensor) -> int:
-    """32-bit words a load that half a row of B and of C allows; 0: value by value."""
-    bits = 0
-    for t in rows:
-        if t.ndim == 2:
-            continue
-        if t.stride(3) != 1 or states % 2:
-            return 0
-        size = t.element_size()
-        bits = gcd(bits, t.data_ptr(), *(size * t.stride(i) for i in range(3) if t.shape[i] > 1), size * first)
-        bits = gcd(bits, size * states // 2)
-    return next((words for words in (4, 2, 1) if bits and bits % (4 * words) == 0), 0)
-
-
 def _row_strides(t: Tensor) -> tuple[int, int, int, int]:
     """b, l, g, n strides; of a constant (d, n): 0, d, 0, n."""
     return (0, t.stride(0), 0, t.stride(1)) if t.ndim == 2 else t.stride()
@@ -142,7 +128,7 @@ def _parts(n: int) -> list[tuple[int, int]]:
     return [(first, min(STATES, n - first)) for first in range(0, n, STATES)]
 
 
-def _shared_arguments(call: _Call, side: Direction, first: int, states: int) -> dict:
+def _shared_arguments(call: _Call, side: Direction, first: int, states: int, warps: int) -> dict:
     B, C = side.B, side.C
     sB, sC = _row_strides(B), _row_strides(C)
     groups = next((t.shape[2] for t in (B, C) if t.ndim == 4), 1)
@@ -152,7 +138,7 @@ def _shared_arguments(call: _Call, side: Direction, first: int, states: int) -> 
         sm_b=0 if call.mask is None else call.mask.stride(0),
         SX=side.x.stride(1), SDT=side.dt.stride(1), SZ=0 if call.z is None else call.z.stride(1),
         SB=sB[1], SC=sC[1], SY=call.d, GROUPS=groups, N=call.n, FIRST=first, NS=states,
-        VEC=_vector(states, first, B, C), CONST_B=B.ndim == 2, CONST_C=C.ndim == 2,
+        EVEN=call.d // groups % (LANE_CHANNELS * warps) == 0, CONST_B=B.ndim == 2, CONST_C=C.ndim == 2,
         HAS_BIAS=side.dt_bias is not None, PACKED=call.cu_seqlens is not None, MASK=call.mask is not None,
         REVERSE=side.reverse, TIME=call.frames > 0, SOFTPLUS=call.softplus, ASM=ASM, CHUNK=CHUNK,
     )  # fmt: skip
@@ -162,12 +148,12 @@ def _forward_launch(
     call: _Call, side: Direction, first: int, states: int, y: Tensor | None, parked: Tensor | None, scale: float,
     gated: bool, final: Tensor | None, chunk: Tensor | None, piece: int,
 ) -> None:  # fmt: skip
-    K, W = FWD["K"] if call.l >= 8 or call.cu_seqlens is not None else 1, FWD["W"]
-    args = _shared_arguments(call, side, first, states)
+    T, W = FWD["T"], FWD["W"]
+    args = _shared_arguments(call, side, first, states, W)
     channels = call.d // args["GROUPS"]
     blocks = args["GROUPS"] * triton.cdiv(channels, LANE_CHANNELS * W)
     splits = triton.cdiv(call.l, piece) if piece else 1
-    common = dict(LS=piece, EVEN=channels % (LANE_CHANNELS * W) == 0, K=K, W=W, num_warps=W)
+    common = dict(LS=piece, T=T, W=W, SHARED=shared_asm(256 * T * W), num_warps=W)
     start = side.initial_state
     if piece:
         start, sums = _edges(call, splits)
@@ -401,7 +387,7 @@ def _backward_launch(
     x = side.x
     f32, device = torch.float32, x.device
     dx, ddt, dA, dB, dC, dD, ddt_bias, dstate = grads
-    args = _shared_arguments(call, side, first, states)
+    args = _shared_arguments(call, side, first, states, W)
     groups = args["GROUPS"]
     blocks = groups * triton.cdiv(call.d // groups, LANE_CHANNELS * W)
     splits = triton.cdiv(call.l, piece) if piece else 1
@@ -409,12 +395,12 @@ def _backward_launch(
     if piece:
         edge, dfinal = dfinal, None
         dfinal, total = _edges(call, splits)
-        names = ("sdt_b", "sz_b", "sC_b", "sC_g", "sC_n", "sm_b", "SDT", "SZ", "SC", "GROUPS", "N", "VEC", "CONST_C")
-        names += ("HAS_BIAS", "MASK", "REVERSE", "TIME", "SOFTPLUS", "ASM")
+        names = ("sdt_b", "sz_b", "sC_b", "sC_g", "sC_n", "sm_b", "SDT", "SZ", "SC", "GROUPS", "N", "CONST_C")
+        names += ("EVEN", "HAS_BIAS", "MASK", "REVERSE", "TIME", "SOFTPLUS", "ASM")
         _scan_adjoint_kernel[(call.seqs * splits * blocks,)](
             dy, side.dt, side.A, side.C, call.z, side.dt_bias, call.mask, dfinal, total, scale, call.l, call.d, splits,
             call.frames, sdy_b=dy.stride(0), SDY=dy.stride(1), **{name: args[name] for name in names},
-            HAS_Z=call.z is not None, LS=piece, W=W, num_warps=W,
+            HAS_Z=call.z is not None, LS=piece, W=W, SHARED=shared_asm(768 * W), num_warps=W,
         )  # fmt: skip
         _carry(call, side.A, edge, dfinal, total, dstate, splits, back=True)
         has_dstate = False
@@ -432,7 +418,7 @@ def _backward_launch(
 
     pA, pB, pC = (partial(w, call.d, states) for w in (True, const_B, const_C))
     pD, pbias = partial(has_D, call.d), partial(has_bias, call.d)
-    shared = (kept * quads + T // 2) * 512 * W + (2 * T * 128 * W if W > 1 else 0)
+    shared = ((kept * quads + T // 2) * 512 + T * 192 + T * 128 + (T * 256 if W > 1 else 0)) * W
     gB, gA, add_g, park_g = sums if sums is not None else (None, None, False, False)
     options = {"maxnreg": BWD["maxnreg"], "num_stages": 1} if ASM else {}
     _scan_bwd_kernel[(programs * blocks,)](

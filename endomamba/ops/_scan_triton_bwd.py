@@ -11,19 +11,25 @@ from ._triton_scan import (
     advance,
     decays,
     dot,
+    load4,
     load_each,
-    load_row,
+    load_raw,
+    load_rows,
     load_states,
-    offset,
+    own_at,
     own_total,
+    pair_rows,
+    put_rows,
+    row_states,
     scaled,
-    select,
+    store4,
     store_states,
     swap,
     to_both,
-    unpack,
+    value,
     zeros,
 )
+from ._triton_shared import get1, get2, get4, pinned, program_sync, put1, put2, put4, reserve, warp_sync
 
 
 def _sum_asm(exact: bool) -> str:
@@ -71,7 +77,7 @@ _CUT = tl.constexpr(1.0 + 3.52e-4)
 def _one_hots(lane):
     out = ()
     for i in tl.static_range(8):
-        out = out + (tl.where((lane % 32) // 4 == i, 0x3F800000, 0).to(tl.int32),)
+        out = out + (pinned(tl.where((lane % 32) // 4 == i, 0x3F800000, 0).to(tl.int32)),)
     return out
 
 
@@ -94,52 +100,6 @@ def _lane_sums(u, v, e, lane, EXACT: tl.constexpr):
         )  # fmt: skip
 
 
-def shared_asm(size: int) -> str:
-    """PTX that reserves `size` bytes of shared memory and gives their address plus $1."""
-    return f"{{.shared .align 16 .b8 scan_states[{size}]; mov.u32 $0, scan_states; add.u32 $0, $0, $1;}}"
-
-
-@triton.jit
-def _shared(zero, SHARED: tl.constexpr):
-    return tl.inline_asm_elementwise(SHARED, "=r,r", [zero], dtype=tl.int32, is_pure=True, pack=1)
-
-
-@triton.jit
-def _put4(p, a, b, c, d):
-    tl.inline_asm_elementwise(
-        "{st.shared.v4.f32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0;}",
-        "=r,r,f,f,f,f", [p, a, b, c, d], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _get4(p):
-    return tl.inline_asm_elementwise(
-        "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];",
-        "=f,=f,=f,=f,r", [p], dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _put1(p, a):
-    tl.inline_asm_elementwise(
-        "{st.shared.f32 [$1], $2; mov.u32 $0, 0;}", "=r,r,f", [p, a], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def _get1(p):
-    return tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [p], dtype=tl.float32, is_pure=False, pack=1)
-
-
-@triton.jit
-def _meet(i):
-    # every warp of the program: all shared memory written before is visible after
-    tl.inline_asm_elementwise(
-        "{bar.sync 0; mov.b32 $0, $1;}", "=r,r,~{memory}", [i], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
 @triton.jit
 def _pad(v, NH: tl.constexpr, TO: tl.constexpr):
     for _ in tl.static_range(NH, TO):
@@ -155,7 +115,7 @@ def _put(p, slot, v, NH: tl.constexpr, W: tl.constexpr, ASM: tl.constexpr):
         a = p + slot * (Q * 512 * W)
         v = _pad(v, NH, 4 * Q)
         for i in tl.static_range(Q):
-            _put4(a + i * 512 * W, v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3])
+            put4(a + i * 512 * W, v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3])
     else:
         for i in tl.static_range(NH):
             tl.store(p + (slot * 4 * Q + i) * 32 * W, v[i])
@@ -168,7 +128,7 @@ def _get(p, slot, NH: tl.constexpr, W: tl.constexpr, ASM: tl.constexpr):
     if ASM:
         a = p + slot * (Q * 512 * W)
         for i in tl.static_range(Q):
-            four = _get4(a + i * 512 * W)
+            four = get4(a + i * 512 * W)
             for j in tl.static_range(4):
                 if 4 * i + j < NH:
                     out = out + (four[j],)
@@ -179,77 +139,83 @@ def _get(p, slot, NH: tl.constexpr, W: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def _save(p, slot, h, half, NH: tl.constexpr, W: tl.constexpr, ASM: tl.constexpr):
+    # the states into a slot of the program's scratch
+    Q: tl.constexpr = (NH + 3) // 4
+    if ASM:
+        h = _pad(h, NH, 4 * Q)
+        for i in tl.static_range(Q):
+            store4(p + (slot * Q + i) * 128 * W, h[4 * i], h[4 * i + 1], h[4 * i + 2], h[4 * i + 3], half < 2)
+    else:
+        _put(p, slot, h, NH, W, ASM)
+
+
+@triton.jit
+def _restore(p, slot, half, NH: tl.constexpr, W: tl.constexpr, ASM: tl.constexpr):
+    Q: tl.constexpr = (NH + 3) // 4
+    if ASM:
+        out = ()
+        for i in tl.static_range(Q):
+            four = load4(p + (slot * Q + i) * 128 * W, half < 2)
+            for j in tl.static_range(4):
+                if 4 * i + j < NH:
+                    out = out + (four[j],)
+        return out
+    else:
+        return _get(p, slot, NH, W, ASM)
+
+
+@triton.jit
 def _state_inputs(
-    x_p, dt_p, B_p, m_p, k, count, l, frames, sB_n, half, mask_d,
-    SX: tl.constexpr, SDT: tl.constexpr, SB: tl.constexpr, NH: tl.constexpr, NS: tl.constexpr, VEC: tl.constexpr,
-    CONST_B: tl.constexpr, MASK: tl.constexpr, REVERSE: tl.constexpr, TIME: tl.constexpr, ASM: tl.constexpr,
+    x_p, dt_p, m_p, offs, k, end, l, frames, half, mask_d, T: tl.constexpr, SX: tl.constexpr, SDT: tl.constexpr,
+    MASK: tl.constexpr, REVERSE: tl.constexpr, TIME: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    # what the state needs of the pair at k: x, dt, mask of the lane's own token, B of both
-    own = tl.minimum(k + half, count - 1)
-    k1 = tl.minimum(k + 1, count - 1)
-    k0 = tl.minimum(k, count - 1)
-    x = tl.load(x_p + offset(own, l, frames, SX, REVERSE, TIME), mask=mask_d, other=0.0)
-    dt = tl.load(dt_p + offset(own, l, frames, SDT, REVERSE, TIME), mask=mask_d, other=0.0)
-    m = tl.load(m_p + offset(own, l, frames, 1, REVERSE, TIME)) if MASK else x
-    B0 = () if CONST_B else load_row(B_p + offset(k0, l, frames, SB, REVERSE, TIME), sB_n, NH, NS, half, VEC, ASM)
-    B1 = () if CONST_B else load_row(B_p + offset(k1, l, frames, SB, REVERSE, TIME), sB_n, NH, NS, half, VEC, ASM)
-    return x, dt, m, B0, B1
+    # x, dt and mask of the lane's own token of each pair of the T tokens from k
+    out = ()
+    for j in tl.static_range(0, T, 2):
+        live = k + j + half < end
+        ok = live if EVEN else live & mask_d
+        x = load_raw(own_at(x_p, offs, k, j, l, frames, half, SX, REVERSE, TIME), ok, ASM)
+        dt = load_raw(own_at(dt_p, offs, k, j, l, frames, half, SDT, REVERSE, TIME), ok, ASM)
+        if MASK:
+            m = tl.load(own_at(m_p, half * 0, k, j, l, frames, half, 1, REVERSE, TIME), mask=live, other=0)
+        else:
+            m = dt
+        out = out + ((x, dt, m),)
+    return out
 
 
 @triton.jit
 def _output_inputs(
-    z_p, dy_p, s_p, C_p, k, count, l, frames, sC_n, half, mask_d, like,
-    SZ: tl.constexpr, SY: tl.constexpr, SC: tl.constexpr, NH: tl.constexpr, NS: tl.constexpr, VEC: tl.constexpr,
-    CONST_C: tl.constexpr, HAS_Z: tl.constexpr, ADD: tl.constexpr, REVERSE: tl.constexpr, TIME: tl.constexpr,
+    z_p, dy_p, s_p, offs, k, end, l, frames, half, mask_d, T: tl.constexpr, SZ: tl.constexpr, SDY: tl.constexpr,
+    SY: tl.constexpr, HAS_Z: tl.constexpr, ADD: tl.constexpr, REVERSE: tl.constexpr, TIME: tl.constexpr,
+    EVEN: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    # likewise z, dy and the parked s
+    out = ()
+    for j in tl.static_range(0, T, 2):
+        live = k + j + half < end
+        ok = live if EVEN else live & mask_d
+        dy = load_raw(own_at(dy_p, offs, k, j, l, frames, half, SDY, REVERSE, TIME), ok, ASM)
+        z = load_raw(own_at(z_p, offs, k, j, l, frames, half, SZ, REVERSE, TIME), ok, ASM) if HAS_Z else dy
+        s = tl.load(own_at(s_p, offs, k, j, l, frames, half, SY, REVERSE, TIME), mask=ok, other=0.0) if ADD else dy
+        out = out + ((z, dy, s),)
+    return out
+
+
+@triton.jit
+def _own_dt(
+    q, live, bias, X: tl.constexpr, DT: tl.constexpr, MASK: tl.constexpr, SOFTPLUS: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    # what the output needs besides: z, dy, parked s of the own token, C of both
-    own = tl.minimum(k + half, count - 1)
-    k1 = tl.minimum(k + 1, count - 1)
-    k0 = tl.minimum(k, count - 1)
-    z = tl.load(z_p + offset(own, l, frames, SZ, REVERSE, TIME), mask=mask_d, other=0.0) if HAS_Z else like
-    dy = tl.load(dy_p + offset(own, l, frames, SY, REVERSE, TIME), mask=mask_d, other=0.0)
-    s = tl.load(s_p + offset(own, l, frames, SY, REVERSE, TIME), mask=mask_d, other=0.0) if ADD else like
-    C0 = () if CONST_C else load_row(C_p + offset(k0, l, frames, SC, REVERSE, TIME), sC_n, NH, NS, half, VEC, ASM)
-    C1 = () if CONST_C else load_row(C_p + offset(k1, l, frames, SC, REVERSE, TIME), sC_n, NH, NS, half, VEC, ASM)
-    return z, dy, s, C0, C1
-
-
-@triton.jit
-def _pair_rows(
-    R_p, k, count, l, frames, s_n, half, S: tl.constexpr, NH: tl.constexpr, NS: tl.constexpr, VEC: tl.constexpr,
-    CONST: tl.constexpr, REVERSE: tl.constexpr, TIME: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    # B or C of both tokens of the pair at k
-    k1 = tl.minimum(k + 1, count - 1)
-    k0 = tl.minimum(k, count - 1)
-    first = () if CONST else load_row(R_p + offset(k0, l, frames, S, REVERSE, TIME), s_n, NH, NS, half, VEC, ASM)
-    second = () if CONST else load_row(R_p + offset(k1, l, frames, S, REVERSE, TIME), s_n, NH, NS, half, VEC, ASM)
-    return first, second
-
-
-@triton.jit
-def _pair_dt(x, dt, m, live, bias, lane, MASK: tl.constexpr, SOFTPLUS: tl.constexpr, ASM: tl.constexpr):
-    # own x and dt in fp32, dt before softplus, and whether the token counts
-    x = x.to(tl.float32)
-    raw = dt.to(tl.float32) + bias
+    # own x, dt, dt before softplus, and whether the token counts
+    x = value(q[0], X, ASM)
+    raw = value(q[1], DT, ASM) + bias
     dt = softplus(raw, ASM) if SOFTPLUS else raw
-    real = live & (m != 0) if MASK else live
-    return tl.where(real, x, 0.0), tl.where(real, dt, 0.0), raw, real
-
-
-@triton.jit
-def _pair_B(
-    B0, B1, Bc, real, lane, NH: tl.constexpr, VEC: tl.constexpr, TYPE: tl.constexpr, CONST_B: tl.constexpr,
-    MASK: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    b0 = Bc if CONST_B else unpack(B0, NH, VEC, TYPE)
-    b1 = Bc if CONST_B else unpack(B1, NH, VEC, TYPE)
+    real = live & (q[2] != 0) if MASK else live
     if MASK:
-        r0, r1 = to_both(real.to(tl.float32), lane, ASM)
-        b0 = select(r0 != 0.0, b0, NH)
-        b1 = select(r1 != 0.0, b1, NH)
-    return b0, b1
+        x = tl.where(real, x, 0.0)
+    return x, tl.where(real, dt, 0.0), raw, real
 
 
 @triton.jit
@@ -296,7 +262,7 @@ def _emit(
         if W == 1:
             tl.store(p + place, s, mask=live)
         else:
-            _put1(p + place, s)
+            put1(p + place, s)
     else:
         for i in tl.static_range(NH):
             tl.store(p + i, tl.sum(tl.where(half == 0, u[i], 0.0), axis=0), mask=live)
@@ -311,18 +277,20 @@ def _scan_bwd_kernel(
     mask_ptr, dx_ptr, ddt_ptr, dz_ptr, dBC_ptr, dA_ptr, dBc_ptr, dCc_ptr, dD_ptr, dbias_ptr, dh0_ptr, scratch_ptr,
     scale, l, d, seqs, splits, frames, sdy_b, sx_b, sdt_b, sz_b, sB_b, sC_b, sB_g, sC_g, sB_n, sC_n, sm_b,
     SDY: tl.constexpr, SX: tl.constexpr, SDT: tl.constexpr, SZ: tl.constexpr, SB: tl.constexpr, SC: tl.constexpr,
-    SY: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr, NS: tl.constexpr, VEC: tl.constexpr,
+    SY: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr, NS: tl.constexpr,
     CONST_B: tl.constexpr, CONST_C: tl.constexpr, HAS_Z: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_DHL: tl.constexpr, HAS_DH0: tl.constexpr, ADD: tl.constexpr, PARK: tl.constexpr, ADD_G: tl.constexpr,
     PARK_G: tl.constexpr, PACKED: tl.constexpr, MASK: tl.constexpr, REVERSE: tl.constexpr, TIME: tl.constexpr,
-    SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, LS: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
-    KEEP: tl.constexpr, SHARED: tl.constexpr, ASM: tl.constexpr, CHUNK: tl.constexpr,
+    SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, LS: tl.constexpr, EVEN: tl.constexpr, T: tl.constexpr,
+    W: tl.constexpr, KEEP: tl.constexpr, SHARED: tl.constexpr, ASM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     # Grid (P * g * cdiv(d / g, 16 W),): a program owns 16 W channels and every P-th sequence (LS > 0: piece of LS
     #   tokens), so dA, dD, ddt_bias stay in registers over all of them; lanes as in _triton_scan.
     # A chunk of 64 tokens, last first: (1) from its saved state, the states every T tokens, to a scratch that stays in
     #   L2; then, T tokens at a time, (2) forward: the states of every token to shared memory, y for dz, h ds for dC;
     #   (3) backward: dh, and with it everything else.
+    # Shared memory, a warp: the states of T tokens (KEEP: their decays too), T rows of B and of C in fp32, and what a
+    #   token has one of a channel (dt, dt x, ds, x): worked out once by the lane that owns it, read by both halves.
     # Sums over channels (dB, dC): one tf32 matrix product with ones a pair, the program's warps added in a fixed order,
     #   one fp32 row a program and pair of tokens to global memory; a second kernel adds the rows.
     # Traffic: x, dt twice, z, dy once, dx, ddt, dz written: 9 * b*l*d elements; 128 bytes a token and program for sums.
@@ -335,6 +303,9 @@ def _scan_bwd_kernel(
     HT: tl.constexpr = T // 2
     KEPT: tl.constexpr = 2 * T if KEEP else T  # slots
     TYPE: tl.constexpr = B_ptr.dtype.element_ty
+    C_TYPE: tl.constexpr = C_ptr.dtype.element_ty
+    X: tl.constexpr = x_ptr.dtype.element_ty
+    DT: tl.constexpr = dt_ptr.dtype.element_ty
     lane = tl.arange(0, 32 * W)
     half = (lane // 16) % 2
     dg = d // GROUPS
@@ -346,6 +317,7 @@ def _scan_bwd_kernel(
     mask_d = in_group < dg
     offs_d = group * dg + in_group
     state = FIRST + half * NH
+    row_state = FIRST + row_states(lane, half, NH, ASM)
     none = tl.zeros([32 * W], tl.float32)
     A = scaled(load_states(A_ptr + offs_d * N + state, mask_d, NH, NS, half, N, ASM), LOG2E, NH)
     D = tl.load(D_ptr + offs_d, mask=mask_d, other=0.0) if HAS_D else none
@@ -357,18 +329,30 @@ def _scan_bwd_kernel(
     place = (v // 8) * 16 + ((lane >> 4) & 1) * 8 + v % 8
     if ASM:
         e = _one_hots(lane)
-        smem = _shared(lane * 16, SHARED)
-        scalars = smem + KEPT * Q * 512 * W
-        sums = smem + (KEPT * Q + HT) * 512 * W - lane * 16
-        place *= 4 if W > 1 else 1
         warp = lane // 32
+        smem = reserve(lane * 16, SHARED)
+        scalars = smem + KEPT * Q * 512 * W  # (x, ds, raw, dt) of the own token
+        both = smem - lane * 16 + ((KEPT * Q + HT) * 512 * W) + warp * 256 + (lane % 16) * 16  # dt, dt x of both
+        both_ds = smem - lane * 16 + ((KEPT * Q + HT) * 512 + HT * 256) * W + warp * 128 + (lane % 16) * 8
+        rows = smem - lane * 16 + ((KEPT * Q + HT) * 512 + HT * 384) * W + warp * (128 * T)
+        sums = smem - lane * 16 + ((KEPT * Q + HT) * 512 + HT * 384 + T * 128) * W
+        put_B = rows + (lane % 32) * 8
+        get_B = rows + half * 32
+        place *= 4 if W > 1 else 1
+        scr = scratch_ptr + pid.to(tl.int64) * (NB1 * 4 * Q * 32 * W) + lane * 4
     else:
         e = ()
+        warp = lane
         smem = scratch_ptr + (tl.num_programs(0).to(tl.int64) * NB1 + pid * (KEPT + HT)) * 4 * Q * 32 * W + lane
         scalars = smem + KEPT * 4 * Q * 32 * W
+        both = lane
+        both_ds = lane
         sums = smem
-        warp = lane
-    scr = scratch_ptr + pid.to(tl.int64) * NB1 * 4 * Q * 32 * W + lane
+        put_B = lane
+        get_B = lane
+        scr = scratch_ptr + pid.to(tl.int64) * NB1 * 4 * Q * 32 * W + lane
+    put_C = put_B + 64 * T
+    get_C = get_B + 64 * T
     dA = zeros(none, NH)
     dBc = zeros(none, NH) if CONST_B else ()
     dCc = zeros(none, NH) if CONST_C else ()
@@ -396,19 +380,15 @@ def _scan_bwd_kernel(
         else:
             begin = 0
             end = walk
-        x_p = x_ptr + base * sx_b + before * SX + offs_d
-        dt_p = dt_ptr + base * sdt_b + before * SDT + offs_d
-        z_p = (z_ptr + base * sz_b + before * SZ + offs_d) if HAS_Z else x_p
-        dy_p = dy_ptr + base * sdy_b + before * SDY + offs_d
-        row = base * walk * SY + before * SY + offs_d
+        x_p = x_ptr + (base * sx_b + before * SX)
+        dt_p = dt_ptr + (base * sdt_b + before * SDT)
+        z_p = (z_ptr + (base * sz_b + before * SZ)) if HAS_Z else x_p
+        dy_p = dy_ptr + (base * sdy_b + before * SDY)
+        row = base * walk * SY + before * SY
         s_p = (s_ptr + row) if ADD or PARK else x_p
-        m_p = (mask_ptr + base * sm_b + before) if MASK else x_ptr
-        if VEC > 0:
-            B_p = B_ptr + base * sB_b + before * SB + group * sB_g + state
-            C_p = C_ptr + base * sC_b + before * SC + group * sC_g + state
-        else:
-            B_p = B_ptr + base * sB_b + before * SB + group * sB_g + state * sB_n
-            C_p = C_ptr + base * sC_b + before * SC + group * sC_g + state * sC_n
+        m_p = (mask_ptr + (base * sm_b + before)) if MASK else x_ptr
+        B_p = (B_ptr + (base * sB_b + before * SB + group * sB_g)) + row_state * sB_n
+        C_p = (C_ptr + (base * sC_b + before * SC + group * sC_g)) + row_state * sC_n
         if HAS_DHL:
             dh = load_states(dhl_ptr + (slot * d + offs_d) * N + state, mask_d, NH, NS, half, N, ASM)
         else:
@@ -420,60 +400,97 @@ def _scan_bwd_kernel(
             blocks = tl.cdiv(tl.minimum(CHUNK, end - k0), T)
             h = load_states(cs_ptr + ((chunk0 + k0 // CHUNK) * d + offs_d) * N + state, mask_d, NH, NS, half, N, ASM)
             # (1) states every T tokens; the inputs of the next T are under way
-            q = ()
-            for p in tl.static_range(HT):
-                q = q + (
-                    _state_inputs(
-                        x_p, dt_p, B_p, m_p, k0 + 2 * p, end, walk, frames, sB_n, half, mask_d,
-                        SX, SDT, SB, NH, NS, VEC, CONST_B, MASK, REVERSE, TIME, ASM,
-                    ),
-                )  # fmt: skip
+            q = _state_inputs(
+                x_p, dt_p, m_p, offs_d, k0, end, walk, frames, half, mask_d, T, SX, SDT, MASK, REVERSE, TIME, EVEN, ASM
+            )
+            rB = load_rows(
+                B_p, m_p, sB_n, k0, end, walk, frames, lane, T, SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM
+            )
             for s in range(0, blocks - 1):
-                _put(scr, s, h, NH, W, False)
+                _save(scr, s, h, half, NH, W, ASM)
+                own = ()
                 for p in tl.static_range(HT):
-                    x, dt, raw, real = _pair_dt(q[0][0], q[0][1], q[0][2], half < 2, bias, lane, MASK, SOFTPLUS, ASM)
-                    dt0, dt1 = to_both(dt, lane, ASM)
-                    u0, u1 = to_both(dt * x, lane, ASM)
-                    b0, b1 = _pair_B(q[0][3], q[0][4], Bc, real, lane, NH, VEC, TYPE, CONST_B, MASK, ASM)
-                    q = q[1:] + (
-                        _state_inputs(
-                            x_p, dt_p, B_p, m_p, k0 + (s + 1) * T + 2 * p, end, walk, frames, sB_n, half, mask_d,
-                            SX, SDT, SB, NH, NS, VEC, CONST_B, MASK, REVERSE, TIME, ASM,
-                        ),
+                    x, dt, raw, real = _own_dt(q[p], half < 2, bias, X, DT, MASK, SOFTPLUS, ASM)
+                    own = own + ((dt, dt * x, real),)
+                    if ASM:
+                        put2(both + p * 256 * W + half * 8, dt, dt * x)
+                put_rows(put_B, rB, T, TYPE, CONST_B, ASM)
+                if ASM:
+                    warp_sync(lane)
+                kb = k0 + s * T
+                q = _state_inputs(
+                    x_p, dt_p, m_p, offs_d, kb + T, end, walk, frames, half, mask_d, T,
+                    SX, SDT, MASK, REVERSE, TIME, EVEN, ASM,
+                )  # fmt: skip
+                rB = load_rows(
+                    B_p, m_p, sB_n, kb + T, end, walk, frames, lane, T, SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM
+                )
+                for p in tl.static_range(HT):
+                    if ASM:
+                        dt0, u0, dt1, u1 = get4(both + p * 256 * W)
+                    else:
+                        dt0, dt1 = to_both(own[p][0], lane, ASM)
+                        u0, u1 = to_both(own[p][1], lane, ASM)
+                    b0, b1 = pair_rows(
+                        get_B, Bc, B_p, sB_n, kb + 2 * p, end, walk, frames, half, own[p][2], lane, 2 * p,
+                        SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM,
                     )  # fmt: skip
                     h = advance(h, decays(A, dt0, NH, ASM), b0, u0, NH)
                     h = advance(h, decays(A, dt1, NH, ASM), b1, u1, NH)
+                if ASM:
+                    warp_sync(lane)
+            # the inputs of the last T tokens: some are here already
             kb = k0 + (blocks - 1) * T
-            q2 = _state_inputs(
-                x_p, dt_p, B_p, m_p, kb, end, walk, frames, sB_n, half, mask_d,
-                SX, SDT, SB, NH, NS, VEC, CONST_B, MASK, REVERSE, TIME, ASM,
-            )  # fmt: skip
-            q3 = _output_inputs(
-                z_p, dy_p, s_p, C_p, kb, end, walk, frames, sC_n, half, mask_d, none,
-                SZ, SDY, SC, NH, NS, VEC, CONST_C, HAS_Z, ADD, REVERSE, TIME, ASM,
+            rC = load_rows(
+                C_p, m_p, sC_n, kb, end, walk, frames, lane, T, SC, NH, NS, CONST_C, False, REVERSE, TIME, ASM
+            )
+            r = _output_inputs(
+                z_p, dy_p, s_p, offs_d, kb, end, walk, frames, half, mask_d, T, SZ, SDY, SY, HAS_Z, ADD,
+                REVERSE, TIME, EVEN, ASM,
             )  # fmt: skip
             for ss in range(0, blocks):
                 s = blocks - 1 - ss
                 kb = k0 + s * T
+                # what a token has one of
+                own = ()
+                for p in tl.static_range(HT):
+                    live = kb + 2 * p + half < end
+                    x, dt, raw, real = _own_dt(q[p], live, bias, X, DT, MASK, SOFTPLUS, ASM)
+                    ds = value(r[p][1], dy_ptr.dtype.element_ty, ASM) * scale
+                    gate = ds
+                    if HAS_Z:
+                        z = value(r[p][0], z_ptr.dtype.element_ty, ASM)
+                        sig = sigmoid(z, ASM)
+                        gate = ds * (sig * (1.0 + z * (1.0 - sig)))
+                        ds *= z * sig
+                    _put(scalars, p, (x, ds, raw, dt), 4, W, ASM)
+                    if ASM:
+                        put2(both + p * 256 * W + half * 8, dt, dt * x)
+                        put1(both_ds + p * 128 * W + half * 4, ds)
+                    own = own + ((D * x + r[p][2] if ADD else D * x, gate, dt, dt * x, ds, real),)
+                put_rows(put_B, rB, T, TYPE, CONST_B, ASM)
+                put_rows(put_C, rC, T, C_TYPE, CONST_C, ASM)
+                if ASM:
+                    warp_sync(lane)
                 # (2) forward
                 for p in tl.static_range(HT):
                     k = kb + 2 * p
                     live = k + half < end
-                    if p + 1 < HT:
-                        new2 = _state_inputs(
-                            x_p, dt_p, B_p, m_p, k + 2, end, walk, frames, sB_n, half, mask_d,
-                            SX, SDT, SB, NH, NS, VEC, CONST_B, MASK, REVERSE, TIME, ASM,
-                        )  # fmt: skip
-                        new3 = _output_inputs(
-                            z_p, dy_p, s_p, C_p, k + 2, end, walk, frames, sC_n, half, mask_d, none,
-                            SZ, SDY, SC, NH, NS, VEC, CONST_C, HAS_Z, ADD, REVERSE, TIME, ASM,
-                        )  # fmt: skip
-                    x, dt, raw, real = _pair_dt(q2[0], q2[1], q2[2], live, bias, lane, MASK, SOFTPLUS, ASM)
-                    dt0, dt1 = to_both(dt, lane, ASM)
-                    u0, u1 = to_both(dt * x, lane, ASM)
-                    b0, b1 = _pair_B(q2[3], q2[4], Bc, real, lane, NH, VEC, TYPE, CONST_B, MASK, ASM)
-                    c0 = Cc if CONST_C else unpack(q3[3], NH, VEC, TYPE)
-                    c1 = Cc if CONST_C else unpack(q3[4], NH, VEC, TYPE)
+                    if ASM:
+                        dt0, u0, dt1, u1 = get4(both + p * 256 * W)
+                        ds0, ds1 = get2(both_ds + p * 128 * W)
+                    else:
+                        dt0, dt1 = to_both(own[p][2], lane, ASM)
+                        u0, u1 = to_both(own[p][3], lane, ASM)
+                        ds0, ds1 = to_both(own[p][4], lane, ASM)
+                    b0, b1 = pair_rows(
+                        get_B, Bc, B_p, sB_n, k, end, walk, frames, half, own[p][5], lane, 2 * p,
+                        SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM,
+                    )  # fmt: skip
+                    c0, c1 = pair_rows(
+                        get_C, Cc, C_p, sC_n, k, end, walk, frames, half, own[p][5], lane, 2 * p,
+                        SC, NH, NS, CONST_C, False, REVERSE, TIME, ASM,
+                    )  # fmt: skip
                     _put(smem, 2 * p, h, NH, W, ASM)
                     a0 = decays(A, dt0, NH, ASM)
                     h0 = advance(h, a0, b0, u0, NH)
@@ -483,123 +500,119 @@ def _scan_bwd_kernel(
                     if KEEP:
                         _put(smem, T + 2 * p, a0, NH, W, ASM)
                         _put(smem, T + 2 * p + 1, a1, NH, W, ASM)
-                    ds = tl.where(live, q3[1].to(tl.float32) * scale, 0.0)
-                    at = row + offset(tl.minimum(k + half, end - 1), walk, frames, SY, REVERSE, TIME)
                     if HAS_Z or PARK:
                         y = own_total(dot(h0, c0, NH), dot(h, c1, NH), lane, ASM)
-                        if FIRST == 0:
-                            y += D * x
-                        if ADD:
-                            y += q3[2]
+                        if FIRST == 0 or ADD:
+                            y += own[p][0]
+                        ok = live if EVEN else live & mask_d
                         if PARK:
-                            tl.store(s_ptr + at, y, mask=mask_d & live)
-                    if HAS_Z:
-                        z = q3[0].to(tl.float32)
-                        sig = sigmoid(z, ASM)
-                        if not PARK:
-                            dz = ds * y * sig * (1.0 + z * (1.0 - sig))
-                            tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=mask_d & live)
-                        ds *= z * sig
-                    ds0, ds1 = to_both(ds, lane, ASM)
+                            tl.store(own_at(s_p, offs_d, kb, 2 * p, walk, frames, half, SY, REVERSE, TIME), y, mask=ok)
+                        elif HAS_Z:
+                            to = own_at(dz_ptr + row, offs_d, kb, 2 * p, walk, frames, half, SY, REVERSE, TIME)
+                            tl.store(to, (own[p][1] * y).to(dz_ptr.dtype.element_ty), mask=ok)
                     if CONST_C:
                         dCc = _add_products(dCc, h0, ds0, h, ds1, NH)
                     else:
-                        pC0 = scaled(h0, ds0, NH)
-                        pC1 = scaled(h, ds1, NH)
                         if W == 1 or not ASM:
                             to = dBC_ptr + ((pair0 + k // 2) * nblk + blk) * 64 + 32
                         else:
                             to = sums + ((turn * HT + p) * 2 + 1) * 128 * W + warp * 128
-                        _emit(to, pC0, pC1, e, place, k < end, lane, half, NH, W, EXACT, ASM)
-                    _put(scalars, p, (dt, x, ds, raw), 4, W, ASM)
-                    if p + 1 < HT:
-                        q2 = new2
-                        q3 = new3
-                # (3) backward; the rows of the last pair are still here, and the next T tokens come under way
-                rB = (q2[3], q2[4])
-                rC = (q3[3], q3[4])
+                        _emit(
+                            to, scaled(h0, ds0, NH), scaled(h, ds1, NH), e, place, k < end, lane, half,
+                            NH, W, EXACT, ASM,
+                        )  # fmt: skip
+                # (3) backward; the inputs of the T tokens before come under way
                 before_s = tl.maximum(s - 1, 0)
-                h = _get(scr, before_s, NH, W, False)
-                q2 = _state_inputs(
-                    x_p, dt_p, B_p, m_p, k0 + before_s * T, end, walk, frames, sB_n, half, mask_d,
-                    SX, SDT, SB, NH, NS, VEC, CONST_B, MASK, REVERSE, TIME, ASM,
+                k = k0 + before_s * T
+                q = _state_inputs(
+                    x_p, dt_p, m_p, offs_d, k, end, walk, frames, half, mask_d, T,
+                    SX, SDT, MASK, REVERSE, TIME, EVEN, ASM,
                 )  # fmt: skip
-                q3 = _output_inputs(
-                    z_p, dy_p, s_p, C_p, k0 + before_s * T, end, walk, frames, sC_n, half, mask_d, none,
-                    SZ, SDY, SC, NH, NS, VEC, CONST_C, HAS_Z, ADD, REVERSE, TIME, ASM,
+                r = _output_inputs(
+                    z_p, dy_p, s_p, offs_d, k, end, walk, frames, half, mask_d, T, SZ, SDY, SY, HAS_Z, ADD,
+                    REVERSE, TIME, EVEN, ASM,
                 )  # fmt: skip
+                rB = load_rows(
+                    B_p, m_p, sB_n, k, end, walk, frames, lane, T, SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM
+                )
+                rC = load_rows(
+                    C_p, m_p, sC_n, k, end, walk, frames, lane, T, SC, NH, NS, CONST_C, False, REVERSE, TIME, ASM
+                )
                 for p in tl.static_range(HT - 1, -1, -1):
+                    if p == 0:
+                        h = _restore(scr, before_s, half, NH, W, ASM)
                     k = kb + 2 * p
                     live = k + half < end
-                    k_own = tl.minimum(k + half, end - 1)
-                    sc = _get(scalars, p, 4, W, ASM)
-                    ha = _get(smem, 2 * p, NH, W, ASM)
-                    hb = _get(smem, 2 * p + 1, NH, W, ASM)
-                    if p > 0:
-                        new_B = _pair_rows(
-                            B_p, k - 2, end, walk, frames, sB_n, half, SB, NH, NS, VEC, CONST_B, REVERSE, TIME, ASM
-                        )
-                        new_C = _pair_rows(
-                            C_p, k - 2, end, walk, frames, sC_n, half, SC, NH, NS, VEC, CONST_C, REVERSE, TIME, ASM
-                        )
-                    dt = sc[0]
-                    x = sc[1]
-                    ds = sc[2]
-                    raw = sc[3]
-                    if MASK:
-                        real = live & (tl.load(m_p + offset(k_own, walk, frames, 1, REVERSE, TIME)) != 0)
+                    ok = live if EVEN else live & mask_d
+                    real = own[p][5] if MASK else live
+                    x, ds, raw, dt = _get(scalars, p, 4, W, ASM)
+                    if ASM:
+                        dt0, u0, dt1, u1 = get4(both + p * 256 * W)
+                        ds0, ds1 = get2(both_ds + p * 128 * W)
                     else:
-                        real = live
-                    dt0, dt1 = to_both(dt, lane, ASM)
-                    u0, u1 = to_both(dt * x, lane, ASM)
-                    ds0, ds1 = to_both(ds, lane, ASM)
-                    b0, b1 = _pair_B(rB[0], rB[1], Bc, real, lane, NH, VEC, TYPE, CONST_B, MASK, ASM)
-                    c0 = Cc if CONST_C else unpack(rC[0], NH, VEC, TYPE)
-                    c1 = Cc if CONST_C else unpack(rC[1], NH, VEC, TYPE)
+                        dt0, dt1 = to_both(dt, lane, ASM)
+                        u0, u1 = to_both(dt * x, lane, ASM)
+                        ds0, ds1 = to_both(ds, lane, ASM)
+                    b0, b1 = pair_rows(
+                        get_B, Bc, B_p, sB_n, k, end, walk, frames, half, real, lane, 2 * p,
+                        SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM,
+                    )  # fmt: skip
+                    c0, c1 = pair_rows(
+                        get_C, Cc, C_p, sC_n, k, end, walk, frames, half, real, lane, 2 * p,
+                        SC, NH, NS, CONST_C, False, REVERSE, TIME, ASM,
+                    )  # fmt: skip
+                    hb = _get(smem, 2 * p + 1, NH, W, ASM)
                     a1 = _get(smem, T + 2 * p + 1, NH, W, ASM) if KEEP else decays(A, dt1, NH, ASM)
                     dh, dA, dBc, pB1, gB1, gA1 = _token_back(dh, dA, dBc, A, b1, c1, hb, a1, dt1, u1, ds1, NH, CONST_B)
+                    ha = _get(smem, 2 * p, NH, W, ASM)
                     a0 = _get(smem, T + 2 * p, NH, W, ASM) if KEEP else decays(A, dt0, NH, ASM)
                     dh, dA, dBc, pB0, gB0, gA0 = _token_back(dh, dA, dBc, A, b0, c0, ha, a0, dt0, u0, ds0, NH, CONST_B)
                     gB = own_total(gB0, gB1, lane, ASM)
                     gA = own_total(gA0, gA1, lane, ASM)
-                    at = row + offset(k_own, walk, frames, SY, REVERSE, TIME)
                     if ADD_G:
-                        gB += tl.load(gB_ptr + at, mask=mask_d & live, other=0.0)
-                        gA += tl.load(gA_ptr + at, mask=mask_d & live, other=0.0)
+                        to = own_at(gB_ptr + row, offs_d, kb, 2 * p, walk, frames, half, SY, REVERSE, TIME)
+                        gB += tl.load(to, mask=ok, other=0.0)
+                        to = own_at(gA_ptr + row, offs_d, kb, 2 * p, walk, frames, half, SY, REVERSE, TIME)
+                        gA += tl.load(to, mask=ok, other=0.0)
                     if PARK_G:
-                        tl.store(gB_ptr + at, gB, mask=mask_d & live)
-                        tl.store(gA_ptr + at, gA, mask=mask_d & live)
+                        to = own_at(gB_ptr + row, offs_d, kb, 2 * p, walk, frames, half, SY, REVERSE, TIME)
+                        tl.store(to, gB, mask=ok)
+                        to = own_at(gA_ptr + row, offs_d, kb, 2 * p, walk, frames, half, SY, REVERSE, TIME)
+                        tl.store(to, gA, mask=ok)
                     else:
                         ddt = gA * LN2 + gB * x
                         if SOFTPLUS:
                             ddt *= sigmoid(raw, ASM)
                         ddt = tl.where(real, ddt, 0.0)
-                        dx = tl.where(real, gB * dt + D * ds, 0.0)
+                        dx = gB * dt + D * ds
+                        if MASK:
+                            dx = tl.where(real, dx, 0.0)
                         dD += ds * x
                         dbias += ddt
-                        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask_d & live)
-                        tl.store(ddt_ptr + at, ddt.to(ddt_ptr.dtype.element_ty), mask=mask_d & live)
+                        to = own_at(dx_ptr + row, offs_d, kb, 2 * p, walk, frames, half, SY, REVERSE, TIME)
+                        tl.store(to, dx.to(dx_ptr.dtype.element_ty), mask=ok)
+                        to = own_at(ddt_ptr + row, offs_d, kb, 2 * p, walk, frames, half, SY, REVERSE, TIME)
+                        tl.store(to, ddt.to(ddt_ptr.dtype.element_ty), mask=ok)
                     if not CONST_B:
                         if W == 1 or not ASM:
                             to = dBC_ptr + ((pair0 + k // 2) * nblk + blk) * 64
                         else:
                             to = sums + (turn * HT + p) * 2 * 128 * W + warp * 128
                         _emit(to, pB0, pB1, e, place, k < end, lane, half, NH, W, EXACT, ASM)
-                    if p > 0:
-                        rB = new_B
-                        rC = new_C
-                if ASM and W > 1:
-                    _meet(turn)
-                    # the program's T * 32 sums, a few a thread, warp by warp
-                    for i in tl.static_range(T // W):
-                        j = lane + i * 32 * W  # (pair, dB or dC, 32)
-                        a = sums + turn * HT * 2 * 128 * W + (j // 32) * 128 * W + (j % 32) * 4
-                        total = _get1(a)
-                        for w in tl.static_range(1, W):
-                            total += _get1(a + w * 128)
-                        pair = kb // 2 + j // 64
-                        to = dBC_ptr + ((pair0 + pair) * nblk + blk) * 64 + j % 64
-                        tl.store(to, total, mask=pair * 2 < end)
+                if ASM:
+                    if W > 1:
+                        program_sync(lane)
+                        # the program's T * 32 sums, a few a thread, warp by warp
+                        to = dBC_ptr + ((pair0 + kb // 2) * nblk + blk) * 64
+                        for i in tl.static_range(T // W):
+                            j = lane + i * 32 * W  # (pair, dB or dC, 32)
+                            a = sums + turn * HT * 2 * 128 * W + (j // 32) * 128 * W + (j % 32) * 4
+                            total = get1(a)
+                            for w in tl.static_range(1, W):
+                                total += get1(a + w * 128)
+                            tl.store(to + (j // 64 * nblk * 64 + j % 64), total, mask=kb + j // 64 * 2 < end)
+                    else:
+                        warp_sync(lane)
                     turn = 1 - turn
         if HAS_DH0:
             store_states(dh0_ptr + (seq * d + offs_d) * N + state, dh, mask_d, NH, NS, half, N, ASM)
@@ -621,28 +634,29 @@ def _scan_adjoint_kernel(
     dy_ptr, dt_ptr, A_ptr, C_ptr, z_ptr, bias_ptr, mask_ptr, dh_ptr, sum_ptr, scale, l, d, splits, frames,
     sdy_b, sdt_b, sz_b, sC_b, sC_g, sC_n, sm_b,
     SDY: tl.constexpr, SDT: tl.constexpr, SZ: tl.constexpr, SC: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr,
-    VEC: tl.constexpr, CONST_C: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, MASK: tl.constexpr,
-    REVERSE: tl.constexpr, TIME: tl.constexpr, SOFTPLUS: tl.constexpr, LS: tl.constexpr, W: tl.constexpr,
-    ASM: tl.constexpr,
+    CONST_C: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, MASK: tl.constexpr, REVERSE: tl.constexpr,
+    TIME: tl.constexpr, SOFTPLUS: tl.constexpr, LS: tl.constexpr, EVEN: tl.constexpr, W: tl.constexpr,
+    SHARED: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     # Grid (sequences * splits * g * cdiv(d / g, 16 W),): what LS tokens send to their left when nothing comes from
     # their right, (sequences * splits, d, n), and their sum of dt: the first of the two sweeps of a split backward.
+    # Shared memory, a warp: the 4 rows of C and the pairs of dt and ds of 4 tokens, as in the backward itself.
     # Traffic: dt, dy, z once, C.  Bound: exponentials.
     NH: tl.constexpr = (N + 1) // 2
     BD: tl.constexpr = 16 * W
-    TYPE: tl.constexpr = C_ptr.dtype.element_ty
+    C_TYPE: tl.constexpr = C_ptr.dtype.element_ty
     lane = tl.arange(0, 32 * W)
     half = (lane // 16) % 2
     dg = d // GROUPS
-    blocks = tl.cdiv(dg, BD)
+    nblk = tl.cdiv(dg, BD)
     pid = tl.program_id(0)
-    blk = pid % (blocks * GROUPS)
-    slot = pid // (blocks * GROUPS) + tl.zeros([], tl.int64)
+    blk = pid % (nblk * GROUPS)
+    slot = pid // (nblk * GROUPS) + tl.zeros([], tl.int64)
     seq = slot // splits
     begin = ((slot % splits) * LS).to(tl.int32)
     end = tl.minimum(begin + LS, l)
-    group = blk // blocks
-    in_group = (blk % blocks) * BD + (lane // 32) * 16 + lane % 16
+    group = blk // nblk
+    in_group = (blk % nblk) * BD + (lane // 32) * 16 + lane % 16
     mask_d = in_group < dg
     offs_d = group * dg + in_group
     state = half * NH
@@ -650,39 +664,68 @@ def _scan_adjoint_kernel(
     A = scaled(load_states(A_ptr + offs_d * N + state, mask_d, NH, N, half, N, ASM), LOG2E, NH)
     bias = tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0) if HAS_BIAS else none
     Cc = load_each(C_ptr + offs_d * SC + state * sC_n, mask_d, sC_n, NH, N, half) if CONST_C else ()
-    dt_p = dt_ptr + seq * sdt_b + offs_d
-    dy_p = dy_ptr + seq * sdy_b + offs_d
-    z_p = (z_ptr + seq * sz_b + offs_d) if HAS_Z else dt_p
+    dt_p = dt_ptr + seq * sdt_b
+    dy_p = dy_ptr + seq * sdy_b
+    z_p = (z_ptr + seq * sz_b) if HAS_Z else dt_p
     m_p = (mask_ptr + seq * sm_b) if MASK else dt_ptr
-    C_p = C_ptr + seq * sC_b + group * sC_g + state * (1 if VEC > 0 else sC_n)
+    C_p = (C_ptr + (seq * sC_b + group * sC_g)) + row_states(lane, half, NH, ASM) * sC_n
+    if ASM:
+        shared = reserve(lane // 32 * 768, SHARED)
+        both = shared + (lane % 16) * 16
+        put_C = shared + 512 + (lane % 32) * 8
+        get_C = shared + 512 + half * 32
+    else:
+        both = lane
+        put_C = lane
+        get_C = lane
     dh = zeros(none, NH)
     total = none
-    pairs = tl.cdiv(end - begin, 2)
-    k = begin + 2 * (pairs - 1)
+    blocks = tl.cdiv(end - begin, 4)
+    k = begin + 4 * (blocks - 1)
     q = _adjoint_inputs(
-        dt_p, dy_p, z_p, m_p, C_p, k, end, l, frames, sC_n, half, mask_d,
-        SDT, SDY, SZ, SC, NH, N, VEC, CONST_C, HAS_Z, MASK, REVERSE, TIME, ASM,
+        dt_p, dy_p, z_p, m_p, offs_d, k, end, l, frames, half, mask_d,
+        SDT, SDY, SZ, HAS_Z, MASK, REVERSE, TIME, EVEN, ASM,
     )  # fmt: skip
-    for i in range(0, pairs):
-        k = begin + 2 * (pairs - 1 - i)
-        new = _adjoint_inputs(
-            dt_p, dy_p, z_p, m_p, C_p, tl.maximum(k - 2, begin), end, l, frames, sC_n, half, mask_d,
-            SDT, SDY, SZ, SC, NH, N, VEC, CONST_C, HAS_Z, MASK, REVERSE, TIME, ASM,
+    rC = load_rows(C_p, m_p, sC_n, k, end, l, frames, lane, 4, SC, NH, N, CONST_C, False, REVERSE, TIME, ASM)
+    for i in range(0, blocks):
+        kb = begin + 4 * (blocks - 1 - i)
+        own = ()
+        for p in tl.static_range(2):
+            live = kb + 2 * p + half < end
+            raw = value(q[p][0], dt_ptr.dtype.element_ty, ASM) + bias
+            dt = softplus(raw, ASM) if SOFTPLUS else raw
+            dt = tl.where(live & (q[p][3] != 0) if MASK else live, dt, 0.0)
+            ds = value(q[p][1], dy_ptr.dtype.element_ty, ASM) * scale
+            if HAS_Z:
+                z = value(q[p][2], z_ptr.dtype.element_ty, ASM)
+                ds *= z * sigmoid(z, ASM)
+            if ASM:
+                put2(both + p * 256 + half * 8, dt, ds)
+            own = own + ((dt, ds),)
+            total += dt
+        put_rows(put_C, rC, 4, C_TYPE, CONST_C, ASM)
+        if ASM:
+            warp_sync(lane)
+        k = tl.maximum(kb - 4, begin)
+        q = _adjoint_inputs(
+            dt_p, dy_p, z_p, m_p, offs_d, k, end, l, frames, half, mask_d,
+            SDT, SDY, SZ, HAS_Z, MASK, REVERSE, TIME, EVEN, ASM,
         )  # fmt: skip
-        live = k + half < end
-        _, dt, _, _ = _pair_dt(q[0], q[0], q[3], live, bias, lane, MASK, SOFTPLUS, ASM)
-        ds = tl.where(live, q[1].to(tl.float32) * scale, 0.0)
-        if HAS_Z:
-            z = q[2].to(tl.float32)
-            ds *= z * sigmoid(z, ASM)
-        dt0, dt1 = to_both(dt, lane, ASM)
-        ds0, ds1 = to_both(ds, lane, ASM)
-        c0 = Cc if CONST_C else unpack(q[4], NH, VEC, TYPE)
-        c1 = Cc if CONST_C else unpack(q[5], NH, VEC, TYPE)
-        dh = _adjoint_step(dh, A, c1, dt1, ds1, NH, ASM)
-        dh = _adjoint_step(dh, A, c0, dt0, ds0, NH, ASM)
-        total += dt
-        q = new
+        rC = load_rows(C_p, m_p, sC_n, k, end, l, frames, lane, 4, SC, NH, N, CONST_C, False, REVERSE, TIME, ASM)
+        for p in tl.static_range(1, -1, -1):
+            if ASM:
+                dt0, ds0, dt1, ds1 = get4(both + p * 256)
+            else:
+                dt0, dt1 = to_both(own[p][0], lane, ASM)
+                ds0, ds1 = to_both(own[p][1], lane, ASM)
+            c0, c1 = pair_rows(
+                get_C, Cc, C_p, sC_n, kb + 2 * p, end, l, frames, half, half < 2, lane, 2 * p,
+                SC, NH, N, CONST_C, False, REVERSE, TIME, ASM,
+            )  # fmt: skip
+            dh = _adjoint_step(dh, A, c1, dt1, ds1, NH, ASM)
+            dh = _adjoint_step(dh, A, c0, dt0, ds0, NH, ASM)
+        if ASM:
+            warp_sync(lane)
     store_states(dh_ptr + (slot * d + offs_d) * N + state, dh, mask_d, NH, N, half, N, ASM)
     tl.store(sum_ptr + slot * d + offs_d, total + swap(total, lane, ASM), mask=mask_d & (half == 0))
 
@@ -697,15 +740,21 @@ def _adjoint_step(dh, A, C, dt, ds, NH: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def _adjoint_inputs(
-    dt_p, dy_p, z_p, m_p, C_p, k, end, l, frames, sC_n, half, mask_d,
-    SDT: tl.constexpr, SDY: tl.constexpr, SZ: tl.constexpr, SC: tl.constexpr, NH: tl.constexpr, N: tl.constexpr,
-    VEC: tl.constexpr, CONST_C: tl.constexpr, HAS_Z: tl.constexpr, MASK: tl.constexpr, REVERSE: tl.constexpr,
-    TIME: tl.constexpr, ASM: tl.constexpr,
+    dt_p, dy_p, z_p, m_p, offs, k, end, l, frames, half, mask_d, SDT: tl.constexpr, SDY: tl.constexpr,
+    SZ: tl.constexpr, HAS_Z: tl.constexpr, MASK: tl.constexpr, REVERSE: tl.constexpr, TIME: tl.constexpr,
+    EVEN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    own = tl.minimum(k + half, end - 1)
-    dt = tl.load(dt_p + offset(own, l, frames, SDT, REVERSE, TIME), mask=mask_d, other=0.0)
-    dy = tl.load(dy_p + offset(own, l, frames, SDY, REVERSE, TIME), mask=mask_d, other=0.0)
-    z = tl.load(z_p + offset(own, l, frames, SZ, REVERSE, TIME), mask=mask_d, other=0.0) if HAS_Z else dt
-    m = tl.load(m_p + offset(own, l, frames, 1, REVERSE, TIME)) if MASK else dt
-    first, second = _pair_rows(C_p, k, end, l, frames, sC_n, half, SC, NH, N, VEC, CONST_C, REVERSE, TIME, ASM)
-    return dt, dy, z, m, first, second
+    # dt, dy, z and mask of the lane's own token of each pair of the 4 tokens from k
+    out = ()
+    for j in tl.static_range(0, 4, 2):
+        live = k + j + half < end
+        ok = live if EVEN else live & mask_d
+        dt = load_raw(own_at(dt_p, offs, k, j, l, frames, half, SDT, REVERSE, TIME), ok, ASM)
+        dy = load_raw(own_at(dy_p, offs, k, j, l, frames, half, SDY, REVERSE, TIME), ok, ASM)
+        z = load_raw(own_at(z_p, offs, k, j, l, frames, half, SZ, REVERSE, TIME), ok, ASM) if HAS_Z else dt
+        if MASK:
+            m = tl.load(own_at(m_p, half * 0, k, j, l, frames, half, 1, REVERSE, TIME), mask=live, other=0)
+        else:
+            m = dt
+        out = out + ((dt, dy, z, m),)
+    return out

@@ -12,104 +12,45 @@ from ._triton_scan import (
     decays,
     dot,
     load_each,
-    load_row,
+    load_raw,
+    load_rows,
     load_states,
-    offset,
+    own_at,
     own_total,
+    pair_rows,
+    put_rows,
+    row_states,
     scaled,
-    select,
     store_states,
     swap,
     to_both,
-    unpack,
+    value,
     zeros,
 )
+from ._triton_shared import get4, put2, reserve, warp_sync
 
 
 @triton.jit
-def _own(p, mask, EVEN: tl.constexpr):
-    if EVEN:
-        return tl.load(p)
-    else:
-        return tl.load(p, mask=mask, other=0.0)
-
-
-@triton.jit
-def _pair_inputs(
-    x_p, dt_p, z_p, s_p, m_p, mask_d, HAS_Z: tl.constexpr, ADD: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr
-):
-    # x, dt, z, parked s and mask of the lane's own token
-    x = _own(x_p, mask_d, EVEN)
-    dt = _own(dt_p, mask_d, EVEN)
-    z = _own(z_p, mask_d, EVEN) if HAS_Z else x
-    s = _own(s_p, mask_d, EVEN) if ADD else x
-    m = tl.load(m_p) if MASK else x
-    return x, dt, z, s, m
-
-
-@triton.jit
-def _pair_rows(
-    B_p, C_p, o0B, o1B, o0C, o1C, sB_n, sC_n, half,
-    NH: tl.constexpr, NS: tl.constexpr, VEC: tl.constexpr, CONST_B: tl.constexpr, CONST_C: tl.constexpr,
-    Y: tl.constexpr, ASM: tl.constexpr,
+def _block_inputs(
+    x_p, dt_p, z_p, s_p, m_p, offs, k, end, l, frames, half, mask_d, T: tl.constexpr, SX: tl.constexpr,
+    SDT: tl.constexpr, SZ: tl.constexpr, SY: tl.constexpr, HAS_Z: tl.constexpr, ADD: tl.constexpr, MASK: tl.constexpr,
+    REVERSE: tl.constexpr, TIME: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    B0 = () if CONST_B else load_row(B_p + o0B, sB_n, NH, NS, half, VEC, ASM)
-    B1 = () if CONST_B else load_row(B_p + o1B, sB_n, NH, NS, half, VEC, ASM)
-    C0 = load_row(C_p + o0C, sC_n, NH, NS, half, VEC, ASM) if Y and not CONST_C else ()
-    C1 = load_row(C_p + o1C, sC_n, NH, NS, half, VEC, ASM) if Y and not CONST_C else ()
-    return B0, B1, C0, C1
-
-
-@triton.jit
-def _pair_step(
-    h, total, A, Bc, Cc, own, rows, bias, D, y_p, store, live, scale, lane,
-    NH: tl.constexpr, VEC: tl.constexpr, TYPE: tl.constexpr, CONST_B: tl.constexpr, CONST_C: tl.constexpr,
-    Y: tl.constexpr, HAS_Z: tl.constexpr, ADD: tl.constexpr, MASK: tl.constexpr, TAIL: tl.constexpr,
-    SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    x = own[0].to(tl.float32)
-    dt = own[1].to(tl.float32) + bias
-    if SOFTPLUS:
-        dt = softplus(dt, ASM)
-    if MASK:
-        real = own[4] != 0
-        if TAIL:
-            real = real & live
-    else:
-        real = live
-    if MASK or TAIL:  # after softplus: decay 1 and input 0 leave the state as it was
-        dt = tl.where(real, dt, 0.0)
-        x = tl.where(real, x, 0.0)
-    dt0, dt1 = to_both(dt, lane, ASM)
-    u0, u1 = to_both(dt * x, lane, ASM)
-    B0 = Bc if CONST_B else unpack(rows[0], NH, VEC, TYPE)
-    B1 = Bc if CONST_B else unpack(rows[1], NH, VEC, TYPE)
-    if MASK:
-        r0, r1 = to_both(real.to(tl.float32), lane, ASM)
-        B0 = select(r0 != 0.0, B0, NH)
-        B1 = select(r1 != 0.0, B1, NH)
-    h = advance(h, decays(A, dt0, NH, ASM), B0, u0, NH)
-    if Y:
-        s0 = dot(h, Cc if CONST_C else unpack(rows[2], NH, VEC, TYPE), NH)
-    h = advance(h, decays(A, dt1, NH, ASM), B1, u1, NH)
-    if Y:
-        s1 = dot(h, Cc if CONST_C else unpack(rows[3], NH, VEC, TYPE), NH)
-        y = own_total(s0, s1, lane, ASM) + D * x
-        if ADD:
-            y += own[3].to(tl.float32)
-        y *= scale
-        if HAS_Z:
-            z = own[2].to(tl.float32)
-            y *= z * sigmoid(z, ASM)
-        if TAIL:
-            tl.store(y_p, y.to(y_p.dtype.element_ty), mask=store & live)
-        elif EVEN:
-            tl.store(y_p, y.to(y_p.dtype.element_ty))
+    # x, dt, z, parked s and mask of the lane's own token of each pair of the T tokens from k
+    out = ()
+    for j in tl.static_range(0, T, 2):
+        live = k + j + half < end
+        ok = live if EVEN else live & mask_d
+        x = load_raw(own_at(x_p, offs, k, j, l, frames, half, SX, REVERSE, TIME), ok, ASM)
+        dt = load_raw(own_at(dt_p, offs, k, j, l, frames, half, SDT, REVERSE, TIME), ok, ASM)
+        z = load_raw(own_at(z_p, offs, k, j, l, frames, half, SZ, REVERSE, TIME), ok, ASM) if HAS_Z else x
+        s = tl.load(own_at(s_p, offs, k, j, l, frames, half, SY, REVERSE, TIME), mask=ok, other=0.0) if ADD else x
+        if MASK:
+            m = tl.load(own_at(m_p, half * 0, k, j, l, frames, half, 1, REVERSE, TIME), mask=live, other=0)
         else:
-            tl.store(y_p, y.to(y_p.dtype.element_ty), mask=store)
-    else:
-        total += dt
-    return h, total
+            m = x
+        out = out + ((x, dt, z, s, m),)
+    return out
 
 
 @triton.jit(do_not_specialize=["l", "frames", "splits", "sm_b"])
@@ -117,15 +58,18 @@ def _scan_fwd_kernel(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, h0_ptr, s_ptr, y_ptr, hl_ptr, cs_ptr, sum_ptr, cu_ptr,
     mask_ptr, scale, l, d, splits, frames, sx_b, sdt_b, sz_b, sB_b, sC_b, sB_g, sC_g, sB_n, sC_n, sm_b,
     SX: tl.constexpr, SDT: tl.constexpr, SZ: tl.constexpr, SB: tl.constexpr, SC: tl.constexpr, SY: tl.constexpr,
-    GROUPS: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr, NS: tl.constexpr, VEC: tl.constexpr,
+    GROUPS: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr, NS: tl.constexpr,
     CONST_B: tl.constexpr, CONST_C: tl.constexpr, HAS_Z: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_H0: tl.constexpr, ADD: tl.constexpr, FINAL: tl.constexpr, SAVE: tl.constexpr, PACKED: tl.constexpr,
     MASK: tl.constexpr, REVERSE: tl.constexpr, TIME: tl.constexpr, SOFTPLUS: tl.constexpr, Y: tl.constexpr,
-    LS: tl.constexpr, EVEN: tl.constexpr, K: tl.constexpr, W: tl.constexpr, ASM: tl.constexpr, CHUNK: tl.constexpr,
+    LS: tl.constexpr, EVEN: tl.constexpr, T: tl.constexpr, W: tl.constexpr, SHARED: tl.constexpr, ASM: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     # Grid (sequences * splits * g * cdiv(d / g, 16 W),): a program owns 16 W channels of one sequence (LS > 0: of LS
     # of its tokens) and states FIRST .. FIRST + NS - 1 of n; lanes as in _triton_scan.
-    # Registers: A and h, the inputs of the next K pairs, B and C of the next pair, so that a load has a pair's time.
+    # T tokens at a time: each lane works out what its own tokens have one of a channel (dt, dt x, gate) and brings its
+    #   share of their rows of B and C; both meet in shared memory, 192 bytes a token and warp.  Meanwhile the inputs of
+    #   the next T tokens are under way.
     # Traffic: x, dt, z read once, y written once, 4 * b*l*d elements; B, C: 2 * b*l*n for each channel block, from L2
     #   after the first.  The second direction adds an fp32 s that the first left: 8 bytes an element.
     # Numerics: A times log2(e), so a decay is one exp2; a token that is masked, or past the end, has dt = 0 after
@@ -133,7 +77,7 @@ def _scan_fwd_kernel(
     # Bound: exponentials; n + 3 a token and channel at 16 a clock and SM.
     NH: tl.constexpr = (NS + 1) // 2
     BD: tl.constexpr = 16 * W
-    TYPE: tl.constexpr = B_ptr.dtype.element_ty
+    HT: tl.constexpr = T // 2
     lane = tl.arange(0, 32 * W)
     half = (lane // 16) % 2
     dg = d // GROUPS
@@ -159,7 +103,6 @@ def _scan_fwd_kernel(
         before = tl.load(cu_ptr + seq).to(tl.int64)
         count = (tl.load(cu_ptr + seq + 1).to(tl.int64) - before).to(tl.int32)
         chunk0 = before // CHUNK + seq
-        before = tl.minimum(before, l - 1)  # an empty last sequence looks at a token that is there
         l = count
         start = 0
         slot = seq
@@ -183,107 +126,109 @@ def _scan_fwd_kernel(
         h = zeros(none, NH)
     Bc = load_each(B_ptr + offs_d * SB + state * sB_n, mask_d, sB_n, NH, NS, half) if CONST_B else ()
     Cc = load_each(C_ptr + offs_d * SC + state * sC_n, mask_d, sC_n, NH, NS, half) if CONST_C and Y else ()
-    x_p = x_ptr + base * sx_b + before * SX + offs_d
-    dt_p = dt_ptr + base * sdt_b + before * SDT + offs_d
-    z_p = (z_ptr + base * sz_b + before * SZ + offs_d) if HAS_Z else x_p
-    out = base * l * SY + before * SY + offs_d
+    x_p = x_ptr + (base * sx_b + before * SX)
+    dt_p = dt_ptr + (base * sdt_b + before * SDT)
+    z_p = (z_ptr + (base * sz_b + before * SZ)) if HAS_Z else x_p
+    out = base * l * SY + before * SY
     s_p = (s_ptr + out) if ADD else x_p
     y_p = (y_ptr + out) if Y else x_p
-    m_p = (mask_ptr + base * sm_b + before) if MASK else x_ptr
-    if VEC > 0:  # the same row for every channel: one address a half
-        B_p = B_ptr + base * sB_b + before * SB + group * sB_g + state
-        C_p = (C_ptr + base * sC_b + before * SC + group * sC_g + state) if Y else B_p
-    else:
-        B_p = B_ptr + base * sB_b + before * SB + group * sB_g + state * sB_n
-        C_p = (C_ptr + base * sC_b + before * SC + group * sC_g + state * sC_n) if Y else B_p
+    m_p = (mask_ptr + (base * sm_b + before)) if MASK else x_ptr
+    row_state = FIRST + row_states(lane, half, NH, ASM)
+    B_p = (B_ptr + (base * sB_b + before * SB + group * sB_g)) + row_state * sB_n
+    C_p = ((C_ptr + (base * sC_b + before * SC + group * sC_g)) + row_state * sC_n) if Y else B_p
     cs_p = (cs_ptr + (chunk0 * d + offs_d) * N + state) if SAVE else A_ptr + offs_d
+    if ASM:
+        shared = reserve(lane // 32 * (256 * T), SHARED)
+        both = shared + (lane % 16) * 16  # dt, dt x of a pair's two tokens
+        put_B = shared + 128 * T + (lane % 32) * 8
+        get_B = shared + 128 * T + half * 32
+    else:
+        both = lane
+        put_B = lane
+        get_B = lane
+    put_C = put_B + 64 * T
+    get_C = get_B + 64 * T
 
-    TILE: tl.constexpr = 2 * K  # tokens
-    tiles = count // TILE
-    tail = count - tiles * TILE
-    ahead = tl.where(tiles > 0, 0, count - TILE)
-    q = ()
-    for j in tl.static_range(K):
-        k = start + tl.maximum(ahead + 2 * j + half, 0)
-        q = q + (
-            _pair_inputs(
-                x_p + offset(k, l, frames, SX, REVERSE, TIME), dt_p + offset(k, l, frames, SDT, REVERSE, TIME),
-                z_p + offset(k, l, frames, SZ, REVERSE, TIME), s_p + offset(k, l, frames, SY, REVERSE, TIME),
-                m_p + offset(k, l, frames, 1, REVERSE, TIME), mask_d, HAS_Z, ADD, MASK, EVEN,
-            ),
-        )  # fmt: skip
-    k0 = start + tl.maximum(ahead, 0)
-    k1 = start + tl.maximum(ahead + 1, 0)
-    rows = _pair_rows(
-        B_p, C_p, offset(k0, l, frames, SB, REVERSE, TIME), offset(k1, l, frames, SB, REVERSE, TIME),
-        offset(k0, l, frames, SC, REVERSE, TIME), offset(k1, l, frames, SC, REVERSE, TIME), sB_n, sC_n, half,
-        NH, NS, VEC, CONST_B, CONST_C, Y, ASM,
+    end = start + count
+    q = _block_inputs(
+        x_p, dt_p, z_p, s_p, m_p, offs_d, start, end, l, frames, half, mask_d, T, SX, SDT, SZ, SY,
+        HAS_Z, ADD, MASK, REVERSE, TIME, EVEN, ASM,
     )  # fmt: skip
-    G: tl.constexpr = -1 if REVERSE else 1
+    rB = load_rows(B_p, m_p, sB_n, start, end, l, frames, lane, T, SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM)
+    rC = load_rows(
+        C_p, m_p, sC_n, start, end, l, frames, lane, T, SC, NH, NS, CONST_C or not Y, False, REVERSE, TIME, ASM
+    )
     total = none
-    PER: tl.constexpr = CHUNK // TILE
-    chunks = tl.cdiv(tiles, PER)
-    for c in range(0, chunks):
+    for c in range(0, tl.cdiv(count, CHUNK)):
+        k0 = start + c * CHUNK
         if SAVE:
             store_states(cs_p + (c + wide) * N * d, h, mask_d, NH, NS, half, N, ASM)
-        for t in range(c * PER, tl.minimum((c + 1) * PER, tiles)):
-            here = t * TILE
-            ahead = tl.minimum(here + TILE, count - TILE)
-            if TIME:
-                xn, dtn, zn, sn, mn, yn = x_p, dt_p, z_p, s_p, m_p, y_p
-            else:
-                k = start + ahead + half
-                xn = x_p + offset(k, l, frames, SX, REVERSE, TIME)
-                dtn = dt_p + offset(k, l, frames, SDT, REVERSE, TIME)
-                zn = z_p + offset(k, l, frames, SZ, REVERSE, TIME)
-                sn = s_p + offset(k, l, frames, SY, REVERSE, TIME)
-                mn = m_p + offset(k, l, frames, 1, REVERSE, TIME)
-                yn = y_p + offset(start + here + half, l, frames, SY, REVERSE, TIME)
-            for j in tl.static_range(K):
-                if TIME:
-                    k = start + ahead + 2 * j + half
-                    new = _pair_inputs(
-                        xn + offset(k, l, frames, SX, REVERSE, TIME), dtn + offset(k, l, frames, SDT, REVERSE, TIME),
-                        zn + offset(k, l, frames, SZ, REVERSE, TIME), sn + offset(k, l, frames, SY, REVERSE, TIME),
-                        mn + offset(k, l, frames, 1, REVERSE, TIME), mask_d, HAS_Z, ADD, MASK, EVEN,
-                    )  # fmt: skip
-                    y_at = y_p + offset(start + here + 2 * j + half, l, frames, SY, REVERSE, TIME)
+        for kb in range(k0, tl.minimum(k0 + CHUNK, end), T):
+            own = ()
+            for p in tl.static_range(HT):
+                live = kb + 2 * p + half < end
+                x = value(q[p][0], x_ptr.dtype.element_ty, ASM)
+                dt = value(q[p][1], dt_ptr.dtype.element_ty, ASM) + bias
+                if SOFTPLUS:
+                    dt = softplus(dt, ASM)
+                real = live & (q[p][4] != 0) if MASK else live
+                # after softplus: decay 1 and input 0 leave the state as it was
+                dt = tl.where(real, dt, 0.0)
+                if MASK:
+                    x = tl.where(real, x, 0.0)
+                if not Y:
+                    total += dt
+                gate = scale
+                if HAS_Z:
+                    z = value(q[p][2], z_ptr.dtype.element_ty, ASM)
+                    gate = scale * z * sigmoid(z, ASM)
+                skip = D * x
+                if ADD:
+                    skip += q[p][3]
+                if ASM:
+                    put2(both + p * 256 + half * 8, dt, dt * x)
+                own = own + ((dt, dt * x, real, skip, gate),)
+            put_rows(put_B, rB, T, B_ptr.dtype.element_ty, CONST_B, ASM)
+            put_rows(put_C, rC, T, C_ptr.dtype.element_ty, CONST_C or not Y, ASM)
+            if ASM:
+                warp_sync(lane)
+            q = _block_inputs(
+                x_p, dt_p, z_p, s_p, m_p, offs_d, kb + T, end, l, frames, half, mask_d, T, SX, SDT, SZ, SY,
+                HAS_Z, ADD, MASK, REVERSE, TIME, EVEN, ASM,
+            )  # fmt: skip
+            rB = load_rows(
+                B_p, m_p, sB_n, kb + T, end, l, frames, lane, T, SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM
+            )
+            rC = load_rows(
+                C_p, m_p, sC_n, kb + T, end, l, frames, lane, T, SC, NH, NS, CONST_C or not Y, False,
+                REVERSE, TIME, ASM,
+            )  # fmt: skip
+            for p in tl.static_range(HT):
+                k = kb + 2 * p
+                if ASM:
+                    dt0, u0, dt1, u1 = get4(both + p * 256)
                 else:
-                    new = _pair_inputs(
-                        xn + 2 * G * j * SX, dtn + 2 * G * j * SDT, zn + 2 * G * j * SZ, sn + 2 * G * j * SY,
-                        mn + 2 * G * j, mask_d, HAS_Z, ADD, MASK, EVEN,
+                    dt0, dt1 = to_both(own[p][0], lane, ASM)
+                    u0, u1 = to_both(own[p][1], lane, ASM)
+                b0, b1 = pair_rows(
+                    get_B, Bc, B_p, sB_n, k, end, l, frames, half, own[p][2], lane, 2 * p,
+                    SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM,
+                )  # fmt: skip
+                h = advance(h, decays(A, dt0, NH, ASM), b0, u0, NH)
+                h1 = advance(h, decays(A, dt1, NH, ASM), b1, u1, NH)
+                if Y:
+                    c0, c1 = pair_rows(
+                        get_C, Cc, C_p, sC_n, k, end, l, frames, half, own[p][2], lane, 2 * p,
+                        SC, NH, NS, CONST_C, False, REVERSE, TIME, ASM,
                     )  # fmt: skip
-                    y_at = yn + 2 * G * j * SY
-                k0 = start + (here + 2 * (j + 1) if j + 1 < K else ahead)
-                new_rows = _pair_rows(
-                    B_p, C_p, offset(k0, l, frames, SB, REVERSE, TIME), offset(k0 + 1, l, frames, SB, REVERSE, TIME),
-                    offset(k0, l, frames, SC, REVERSE, TIME), offset(k0 + 1, l, frames, SC, REVERSE, TIME),
-                    sB_n, sC_n, half, NH, NS, VEC, CONST_B, CONST_C, Y, ASM,
-                )  # fmt: skip
-                h, total = _pair_step(
-                    h, total, A, Bc, Cc, q[0], rows, bias, D, y_at, mask_d, mask_d, scale, lane,
-                    NH, VEC, TYPE, CONST_B, CONST_C, Y, HAS_Z, ADD, MASK, False, SOFTPLUS, EVEN, ASM,
-                )  # fmt: skip
-                q = q[1:] + (new,)
-                rows = new_rows
-    if SAVE:  # noqa: SIM102  the first is decided when compiling
-        if ((tiles * TILE) % CHUNK == 0) & (tail > 0):
-            store_states(cs_p + (tiles * TILE // CHUNK + wide) * N * d, h, mask_d, NH, NS, half, N, ASM)
-    for j in tl.static_range(K):  # q and rows hold the last TILE tokens, of which `tail` are left
-        if 2 * j + 1 >= TILE - tail:
-            k = start + tl.maximum(count - TILE + 2 * j + half, 0)
-            k0 = start + tl.maximum(count - TILE + 2 * j, 0)
-            k1 = start + tl.maximum(count - TILE + 2 * j + 1, 0)
-            last = _pair_rows(
-                B_p, C_p, offset(k0, l, frames, SB, REVERSE, TIME), offset(k1, l, frames, SB, REVERSE, TIME),
-                offset(k0, l, frames, SC, REVERSE, TIME), offset(k1, l, frames, SC, REVERSE, TIME), sB_n, sC_n, half,
-                NH, NS, VEC, CONST_B, CONST_C, Y, ASM,
-            )  # fmt: skip
-            h, total = _pair_step(
-                h, total, A, Bc, Cc, q[j], last, bias, D, y_p + offset(k, l, frames, SY, REVERSE, TIME), mask_d,
-                2 * j + half >= TILE - tail, scale, lane,
-                NH, VEC, TYPE, CONST_B, CONST_C, Y, HAS_Z, ADD, MASK, True, SOFTPLUS, EVEN, ASM,
-            )  # fmt: skip
+                    y = own_total(dot(h, c0, NH), dot(h1, c1, NH), lane, ASM) + own[p][3]
+                    y *= own[p][4]
+                    ok = k + half < end if EVEN else (k + half < end) & mask_d
+                    to = own_at(y_p, offs_d, kb, 2 * p, l, frames, half, SY, REVERSE, TIME)
+                    tl.store(to, y.to(y_ptr.dtype.element_ty), mask=ok)
+                h = h1
+            if ASM:
+                warp_sync(lane)
     if FINAL:
         store_states(hl_ptr + (slot * d + offs_d) * N + state, h, mask_d, NH, NS, half, N, ASM)
     if not Y:

@@ -2,8 +2,8 @@
 measured in bench/results/h200_scan_tuning.json; the table holds for every GPU until another is measured.
 """
 
-# Forward: pairs of inputs in flight (one where there are fewer than 8 tokens), warps a program.
-FWD = {"K": 4, "W": 1}
+# Forward: tokens at a time, warps a program.
+FWD = {"T": 4, "W": 1}
 # Backward: tokens whose states are in shared memory, warps, whether their decays are too, programs a multiprocessor,
 # and the register limit that makes room for them.
 BWD = {"T": 4, "W": 2, "KEEP": False, "per_sm": 6, "maxnreg": 168}

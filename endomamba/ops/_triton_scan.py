@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ._triton_math import exp2
+from ._triton_shared import get4, put2
 
 LANE_CHANNELS = 16  # channels a warp
 
@@ -49,7 +50,7 @@ def zeros(like, NH: tl.constexpr):
 
 
 @triton.jit
-def _load4(p, mask):
+def load4(p, mask):
     return tl.inline_asm_elementwise(
         """{.reg .pred p; setp.ne.s32 p, $5, 0; mov.f32 $0, 0f00000000; mov.f32 $1, 0f00000000; mov.f32 $2, 0f00000000;
         mov.f32 $3, 0f00000000; @p ld.global.v4.f32 {$0, $1, $2, $3}, [$4];}""",
@@ -62,7 +63,7 @@ def _load4(p, mask):
 
 
 @triton.jit
-def _store4(p, a, b, c, d, mask):
+def store4(p, a, b, c, d, mask):
     tl.inline_asm_elementwise(
         "{.reg .pred p; setp.ne.s32 p, $6, 0; @p st.global.v4.f32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0;}",
         "=r,l,f,f,f,f,r",
@@ -80,7 +81,7 @@ def load_states(p, mask, NH: tl.constexpr, NS: tl.constexpr, half, N: tl.constex
     out = ()
     if ASM and NS == 2 * NH and NH % 4 == 0 and N % 4 == 0:
         for i in tl.static_range(NH // 4):
-            out = out + _load4(p + 4 * i, mask)
+            out = out + load4(p + 4 * i, mask)
     else:
         out = load_each(p, mask, 1, NH, NS, half)
     return out
@@ -90,7 +91,7 @@ def load_states(p, mask, NH: tl.constexpr, NS: tl.constexpr, half, N: tl.constex
 def store_states(p, h, mask, NH: tl.constexpr, NS: tl.constexpr, half, N: tl.constexpr, ASM: tl.constexpr):
     if ASM and NS == 2 * NH and NH % 4 == 0 and N % 4 == 0:
         for i in tl.static_range(NH // 4):
-            _store4(p + 4 * i, h[4 * i], h[4 * i + 1], h[4 * i + 2], h[4 * i + 3], mask)
+            store4(p + 4 * i, h[4 * i], h[4 * i + 1], h[4 * i + 2], h[4 * i + 3], mask)
     else:
         for i in tl.static_range(NH):
             if NS == 2 * NH:
@@ -112,72 +113,36 @@ def load_each(p, mask, stride, NH: tl.constexpr, NS: tl.constexpr, half):
 
 
 @triton.jit
-def _words4(p):
-    return tl.inline_asm_elementwise(
-        "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];",
-        "=r,=r,=r,=r,l",
-        [p.to(tl.int64)],
-        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-        is_pure=True,
-        pack=1,
-    )
-
-
-@triton.jit
-def _words2(p):
-    return tl.inline_asm_elementwise(
-        "ld.global.nc.v2.b32 {$0, $1}, [$2];",
-        "=r,=r,l",
-        [p.to(tl.int64)],
-        dtype=(tl.int32, tl.int32),
-        is_pure=True,
-        pack=1,
-    )
-
-
-@triton.jit
-def load_row(p, stride, NH: tl.constexpr, NS: tl.constexpr, half, VEC: tl.constexpr, ASM: tl.constexpr):
-    # The lane's half of a token's B or C.  VEC > 0: VEC 32-bit words a load, kept packed while in flight (16-bit values
-    # would be pulled apart right after the load, which waits for it).  VEC 0: value by value, at any stride.
-    row = ()
-    if VEC == 0:
-        for i in tl.static_range(NH):
-            if NS == 2 * NH:
-                row = row + (tl.load(p + i * stride),)
-            else:
-                row = row + (tl.load(p + i * stride, mask=half * NH + i < NS, other=0.0),)
+def load_raw(p, mask, ASM: tl.constexpr):
+    # An element a lane in 32 bits, as it is in memory, for `value`.  A 16-bit value that stays in flight across a loop
+    # would be packed right after its load, which waits for it.  For memory that the kernel does not write.
+    if ASM:
+        if p.dtype.element_ty.primitive_bitwidth == 16:
+            return tl.inline_asm_elementwise(
+                "{.reg .pred p; setp.ne.s32 p, $2, 0; mov.u32 $0, 0; @p ld.global.nc.u16 $0, [$1];}",
+                "=&r,l,r", [p.to(tl.int64), mask.to(tl.int32)], dtype=tl.int32, is_pure=True, pack=1,
+            )  # fmt: skip
+        else:
+            return tl.inline_asm_elementwise(
+                "{.reg .pred p; setp.ne.s32 p, $2, 0; mov.u32 $0, 0; @p ld.global.nc.b32 $0, [$1];}",
+                "=&r,l,r", [p.to(tl.int64), mask.to(tl.int32)], dtype=tl.int32, is_pure=True, pack=1,
+            )  # fmt: skip
     else:
-        w = p.to(tl.pointer_type(tl.int32))
-        for i in tl.static_range(NH * p.dtype.element_ty.primitive_bitwidth // 32 // VEC):
-            if VEC == 4 and ASM:
-                row = row + _words4(w + 4 * i)
-            elif VEC == 2 and ASM:
-                row = row + _words2(w + 2 * i)
-            else:
-                for j in tl.static_range(VEC):
-                    row = row + (tl.load(w + (VEC * i + j)),)
-    return row
+        return tl.load(p, mask=mask, other=0.0)
 
 
 @triton.jit
-def unpack(row, NH: tl.constexpr, VEC: tl.constexpr, TYPE: tl.constexpr):
-    # -> NH fp32 values
-    out = ()
-    if VEC == 0:
-        for i in tl.static_range(NH):
-            out = out + (row[i].to(tl.float32),)
-    elif tl.float32 == TYPE:
-        for i in tl.static_range(NH):
-            out = out + (row[i].to(tl.float32, bitcast=True),)
-    elif tl.bfloat16 == TYPE:
-        for i in tl.static_range(NH // 2):
-            out = out + ((row[i] << 16).to(tl.float32, bitcast=True), (row[i] & -65536).to(tl.float32, bitcast=True))
+def value(raw, TYPE: tl.constexpr, ASM: tl.constexpr):
+    # what `load_raw` brought, in fp32
+    if ASM:
+        if tl.bfloat16 == TYPE:
+            return (raw << 16).to(tl.float32, bitcast=True)
+        elif tl.float16 == TYPE:
+            return raw.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        else:
+            return raw.to(tl.float32, bitcast=True)
     else:
-        for i in tl.static_range(NH // 2):
-            low = row[i].to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-            high = (row[i] >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-            out = out + (low, high)
-    return out
+        return raw.to(tl.float32)
 
 
 @triton.jit
@@ -234,3 +199,92 @@ def offset(k, l, frames, STRIDE: tl.constexpr, REVERSE: tl.constexpr, TIME: tl.c
     if TIME:
         token = (token % frames) * (l // frames) + token // frames
     return (token + tl.zeros([], tl.int64)) * STRIDE
+
+
+@triton.jit
+def own_at(p, offs, k, J: tl.constexpr, l, frames, half, S: tl.constexpr, REVERSE: tl.constexpr, TIME: tl.constexpr):
+    # the lane's element of its own token of the pair at k + J; p: the sequence's first token
+    if TIME:
+        return p + offset(k + J + half, l, frames, S, REVERSE, TIME) + offs
+    else:
+        G: tl.constexpr = -1 if REVERSE else 1
+        return p + (offset(k, l, frames, S, REVERSE, TIME) + G * J * S) + (offs + half * (G * S))
+
+
+@triton.jit
+def row_states(lane, half, NH: tl.constexpr, ASM: tl.constexpr):
+    # The first state that a lane reads of a row of B or C: of its own half, or, ASM, of the two that it brings to
+    # shared memory, where a row is 2 * 8 slots; lane / 8 is the token.
+    if ASM:
+        return (lane % 8) // 4 * NH + 2 * (lane % 4)
+    else:
+        return half * NH
+
+
+@triton.jit
+def load_rows(
+    p, m_p, s_n, k, end, l, frames, lane, T: tl.constexpr, S: tl.constexpr, NH: tl.constexpr, NS: tl.constexpr,
+    CONST: tl.constexpr, MASK: tl.constexpr, REVERSE: tl.constexpr, TIME: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    # B or C of the T tokens from k, on their way to shared memory: two states a lane, four tokens a load
+    out = ()
+    if ASM and not CONST:
+        i = 2 * (lane % 4)
+        first = (lane % 8) // 4 * NH + i
+        for g in tl.static_range(T // 4):
+            at = k + 4 * g + (lane % 32) // 8
+            live = at < end
+            o = offset(at, l, frames, S, REVERSE, TIME)
+            if MASK:
+                live &= tl.load(m_p + offset(at, l, frames, 1, REVERSE, TIME), mask=live, other=0) != 0
+            if NS == 16:
+                out = out + (load_raw(p + o, live, ASM), load_raw(p + o + s_n, live, ASM))
+            else:
+                out = out + (
+                    load_raw(p + o, live & (i < NH) & (first < NS), ASM),
+                    load_raw(p + o + s_n, live & (i + 1 < NH) & (first + 1 < NS), ASM),
+                )
+    return out
+
+
+@triton.jit
+def put_rows(area, rows, T: tl.constexpr, TYPE: tl.constexpr, CONST: tl.constexpr, ASM: tl.constexpr):
+    # area: where the lane's two states of the first token go; a token is 64 bytes
+    if ASM and not CONST:
+        for g in tl.static_range(T // 4):
+            put2(area + 256 * g, value(rows[2 * g], TYPE, ASM), value(rows[2 * g + 1], TYPE, ASM))
+
+
+@triton.jit
+def get_row(area, NH: tl.constexpr):
+    out = ()
+    for i in tl.static_range((NH + 3) // 4):
+        four = get4(area + 16 * i)
+        for j in tl.static_range(4):
+            if 4 * i + j < NH:
+                out = out + (four[j],)
+    return out
+
+
+@triton.jit
+def pair_rows(
+    area, const, p, s_n, k, end, l, frames, half, real, lane, J: tl.constexpr, S: tl.constexpr, NH: tl.constexpr,
+    NS: tl.constexpr, CONST: tl.constexpr, MASK: tl.constexpr, REVERSE: tl.constexpr, TIME: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    # B or C of the pair at k, tokens J and J + 1 of those in shared memory: each lane's half of both rows, in fp32.
+    # MASK: rows of tokens that are not `real` are 0 (ASM: they came so).
+    if CONST:
+        return const, const
+    elif ASM:
+        return get_row(area + 64 * J, NH), get_row(area + 64 * (J + 1), NH)
+    else:
+        k0 = tl.minimum(k, end - 1)
+        k1 = tl.minimum(k + 1, end - 1)
+        row0 = load_each(p + offset(k0, l, frames, S, REVERSE, TIME), half < 2, s_n, NH, NS, half)
+        row1 = load_each(p + offset(k1, l, frames, S, REVERSE, TIME), half < 2, s_n, NH, NS, half)
+        if MASK:
+            r0, r1 = to_both(real.to(tl.float32), lane, ASM)
+            row0 = select(r0 != 0.0, row0, NH)
+            row1 = select(r1 != 0.0, row1, NH)
+        return row0, row1
