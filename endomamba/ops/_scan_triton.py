@@ -382,8 +382,7 @@ def _backward_launch(
     chunk: Tensor, dfinal: Tensor | None, parked: Tensor | None, add: bool, park: bool,
     sums: tuple | None, scale: float, piece: int, max_seqlen: int,
 ) -> None:  # fmt: skip
-    T, W, KEEP = BWD["T"], BWD["W"], BWD["KEEP"]
-    kept = 2 * T if KEEP else T
+    T, W = BWD["T"], BWD["W"]
     x = side.x
     f32, device = torch.float32, x.device
     dx, ddt, dA, dB, dC, dD, ddt_bias, dstate = grads
@@ -406,8 +405,7 @@ def _backward_launch(
         has_dstate = False
     programs = _programs(call.seqs * splits, blocks, device, BWD["per_sm"])
     quads = triton.cdiv(triton.cdiv(states, 2), 4)
-    slots = CHUNK // T + (0 if ASM else kept + T // 2)
-    scratch = torch.empty(programs * blocks * slots * quads * 128 * W, dtype=f32, device=device)
+    scratch = torch.empty(programs * blocks * (CHUNK // T) * quads * 128 * W, dtype=f32, device=device)
     longest = call.l if call.cu_seqlens is None else max_seqlen
     pairs = call.seqs * triton.cdiv(call.l, 2) if call.cu_seqlens is None else call.l // 2 + call.seqs
     rows = torch.empty(pairs, blocks, 64, dtype=f32, device=device)
@@ -418,7 +416,6 @@ def _backward_launch(
 
     pA, pB, pC = (partial(w, call.d, states) for w in (True, const_B, const_C))
     pD, pbias = partial(has_D, call.d), partial(has_bias, call.d)
-    shared = ((kept * quads + T // 2) * 512 + T * 192 + T * 128 + (T * 256 if W > 1 else 0)) * W
     gB, gA, add_g, park_g = sums if sums is not None else (None, None, False, False)
     options = {"maxnreg": BWD["maxnreg"], "num_stages": 1} if ASM else {}
     _scan_bwd_kernel[(programs * blocks,)](
@@ -426,8 +423,8 @@ def _backward_launch(
         call.cu_seqlens, call.mask, dx, ddt, dz, rows, pA, pB, pC, pD, pbias, dstate, scratch, scale, call.l, call.d,
         call.seqs, splits, call.frames, sdy_b=dy.stride(0), SDY=dy.stride(1), **args, HAS_Z=call.z is not None,
         HAS_D=has_D, HAS_DHL=dfinal is not None, HAS_DH0=has_dstate, ADD=add, PARK=park, ADD_G=add_g,
-        PARK_G=park_g, EXACT=x.dtype == f32, LS=piece, T=T, W=W, KEEP=KEEP,
-        SHARED=shared_asm(shared), num_warps=W, **options,
+        PARK_G=park_g, EXACT=x.dtype == f32, LS=piece, T=T, W=W,
+        SHARED=shared_asm(T * W * (576 if W > 1 else 320)), num_warps=W, **options,
     )  # fmt: skip
     if not (const_B and const_C) and longest:
         TP = 16

@@ -29,7 +29,7 @@ from ._triton_scan import (
     value,
     zeros,
 )
-from ._triton_shared import get1, get2, get4, pinned, program_sync, put1, put2, put4, reserve, warp_sync
+from ._triton_shared import get1, get2, get4, pinned, program_sync, put1, put2, reserve, warp_sync
 
 
 def _sum_asm(exact: bool) -> str:
@@ -108,37 +108,6 @@ def _pad(v, NH: tl.constexpr, TO: tl.constexpr):
 
 
 @triton.jit
-def _put(p, slot, v, NH: tl.constexpr, W: tl.constexpr, ASM: tl.constexpr):
-    # v, NH values a lane, into slot `slot`; each lane reads only what it wrote
-    Q: tl.constexpr = (NH + 3) // 4
-    if ASM:
-        a = p + slot * (Q * 512 * W)
-        v = _pad(v, NH, 4 * Q)
-        for i in tl.static_range(Q):
-            put4(a + i * 512 * W, v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3])
-    else:
-        for i in tl.static_range(NH):
-            tl.store(p + (slot * 4 * Q + i) * 32 * W, v[i])
-
-
-@triton.jit
-def _get(p, slot, NH: tl.constexpr, W: tl.constexpr, ASM: tl.constexpr):
-    Q: tl.constexpr = (NH + 3) // 4
-    out = ()
-    if ASM:
-        a = p + slot * (Q * 512 * W)
-        for i in tl.static_range(Q):
-            four = get4(a + i * 512 * W)
-            for j in tl.static_range(4):
-                if 4 * i + j < NH:
-                    out = out + (four[j],)
-    else:
-        for i in tl.static_range(NH):
-            out = out + (tl.load(p + (slot * 4 * Q + i) * 32 * W),)
-    return out
-
-
-@triton.jit
 def _save(p, slot, h, half, NH: tl.constexpr, W: tl.constexpr, ASM: tl.constexpr):
     # the states into a slot of the program's scratch
     Q: tl.constexpr = (NH + 3) // 4
@@ -147,22 +116,24 @@ def _save(p, slot, h, half, NH: tl.constexpr, W: tl.constexpr, ASM: tl.constexpr
         for i in tl.static_range(Q):
             store4(p + (slot * Q + i) * 128 * W, h[4 * i], h[4 * i + 1], h[4 * i + 2], h[4 * i + 3], half < 2)
     else:
-        _put(p, slot, h, NH, W, ASM)
+        for i in tl.static_range(NH):
+            tl.store(p + (slot * 4 * Q + i) * 32 * W, h[i])
 
 
 @triton.jit
 def _restore(p, slot, half, NH: tl.constexpr, W: tl.constexpr, ASM: tl.constexpr):
     Q: tl.constexpr = (NH + 3) // 4
+    out = ()
     if ASM:
-        out = ()
         for i in tl.static_range(Q):
             four = load4(p + (slot * Q + i) * 128 * W, half < 2)
             for j in tl.static_range(4):
                 if 4 * i + j < NH:
                     out = out + (four[j],)
-        return out
     else:
-        return _get(p, slot, NH, W, ASM)
+        for i in tl.static_range(NH):
+            out = out + (tl.load(p + (slot * 4 * Q + i) * 32 * W),)
+    return out
 
 
 @triton.jit
@@ -282,15 +253,15 @@ def _scan_bwd_kernel(
     HAS_DHL: tl.constexpr, HAS_DH0: tl.constexpr, ADD: tl.constexpr, PARK: tl.constexpr, ADD_G: tl.constexpr,
     PARK_G: tl.constexpr, PACKED: tl.constexpr, MASK: tl.constexpr, REVERSE: tl.constexpr, TIME: tl.constexpr,
     SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, LS: tl.constexpr, EVEN: tl.constexpr, T: tl.constexpr,
-    W: tl.constexpr, KEEP: tl.constexpr, SHARED: tl.constexpr, ASM: tl.constexpr, CHUNK: tl.constexpr,
+    W: tl.constexpr, SHARED: tl.constexpr, ASM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     # Grid (P * g * cdiv(d / g, 16 W),): a program owns 16 W channels and every P-th sequence (LS > 0: piece of LS
     #   tokens), so dA, dD, ddt_bias stay in registers over all of them; lanes as in _triton_scan.
     # A chunk of 64 tokens, last first: (1) from its saved state, the states every T tokens, to a scratch that stays in
-    #   L2; then, T tokens at a time, (2) forward: the states of every token to shared memory, y for dz, h ds for dC;
+    #   L2; then, T tokens at a time, (2) forward: the states of every token, in registers, y for dz, h ds for dC;
     #   (3) backward: dh, and with it everything else.
-    # Shared memory, a warp: the states of T tokens (KEEP: their decays too), T rows of B and of C in fp32, and what a
-    #   token has one of a channel (dt, dt x, ds, x): worked out once by the lane that owns it, read by both halves.
+    # Shared memory, a warp: T rows of B and of C in fp32, and what a token has one of a channel (dt, dt x, ds): worked
+    #   out once by the lane that owns it, read by both halves.
     # Sums over channels (dB, dC): one tf32 matrix product with ones a pair, the program's warps added in a fixed order,
     #   one fp32 row a program and pair of tokens to global memory; a second kernel adds the rows.
     # Traffic: x, dt twice, z, dy once, dx, ddt, dz written: 9 * b*l*d elements; 128 bytes a token and program for sums.
@@ -301,7 +272,6 @@ def _scan_bwd_kernel(
     BD: tl.constexpr = 16 * W
     NB1: tl.constexpr = CHUNK // T
     HT: tl.constexpr = T // 2
-    KEPT: tl.constexpr = 2 * T if KEEP else T  # slots
     TYPE: tl.constexpr = B_ptr.dtype.element_ty
     C_TYPE: tl.constexpr = C_ptr.dtype.element_ty
     X: tl.constexpr = x_ptr.dtype.element_ty
@@ -330,27 +300,23 @@ def _scan_bwd_kernel(
     if ASM:
         e = _one_hots(lane)
         warp = lane // 32
-        smem = reserve(lane * 16, SHARED)
-        scalars = smem + KEPT * Q * 512 * W  # (x, ds, raw, dt) of the own token
-        both = smem - lane * 16 + ((KEPT * Q + HT) * 512 * W) + warp * 256 + (lane % 16) * 16  # dt, dt x of both
-        both_ds = smem - lane * 16 + ((KEPT * Q + HT) * 512 + HT * 256) * W + warp * 128 + (lane % 16) * 8
-        rows = smem - lane * 16 + ((KEPT * Q + HT) * 512 + HT * 384) * W + warp * (128 * T)
-        sums = smem - lane * 16 + ((KEPT * Q + HT) * 512 + HT * 384 + T * 128) * W
-        put_B = rows + (lane % 32) * 8
-        get_B = rows + half * 32
+        shared = reserve(lane * 0, SHARED)
+        both = shared + warp * (320 * T) + (lane % 16) * 16  # dt, dt x of a pair's two tokens
+        both_ds = shared + warp * (320 * T) + 128 * T + (lane % 16) * 8
+        put_B = shared + warp * (320 * T) + 192 * T + (lane % 32) * 8
+        get_B = shared + warp * (320 * T) + 192 * T + half * 32
+        sums = shared + 320 * T * W
         place *= 4 if W > 1 else 1
         scr = scratch_ptr + pid.to(tl.int64) * (NB1 * 4 * Q * 32 * W) + lane * 4
     else:
         e = ()
         warp = lane
-        smem = scratch_ptr + (tl.num_programs(0).to(tl.int64) * NB1 + pid * (KEPT + HT)) * 4 * Q * 32 * W + lane
-        scalars = smem + KEPT * 4 * Q * 32 * W
         both = lane
         both_ds = lane
-        sums = smem
         put_B = lane
         get_B = lane
-        scr = scratch_ptr + pid.to(tl.int64) * NB1 * 4 * Q * 32 * W + lane
+        sums = lane
+        scr = scratch_ptr + pid.to(tl.int64) * (NB1 * 4 * Q * 32 * W) + lane
     put_C = put_B + 64 * T
     get_C = get_B + 64 * T
     dA = zeros(none, NH)
@@ -413,7 +379,7 @@ def _scan_bwd_kernel(
                     x, dt, raw, real = _own_dt(q[p], half < 2, bias, X, DT, MASK, SOFTPLUS, ASM)
                     own = own + ((dt, dt * x, real),)
                     if ASM:
-                        put2(both + p * 256 * W + half * 8, dt, dt * x)
+                        put2(both + p * 256 + half * 8, dt, dt * x)
                 put_rows(put_B, rB, T, TYPE, CONST_B, ASM)
                 if ASM:
                     warp_sync(lane)
@@ -427,7 +393,7 @@ def _scan_bwd_kernel(
                 )
                 for p in tl.static_range(HT):
                     if ASM:
-                        dt0, u0, dt1, u1 = get4(both + p * 256 * W)
+                        dt0, u0, dt1, u1 = get4(both + p * 256)
                     else:
                         dt0, dt1 = to_both(own[p][0], lane, ASM)
                         u0, u1 = to_both(own[p][1], lane, ASM)
@@ -463,22 +429,22 @@ def _scan_bwd_kernel(
                         sig = sigmoid(z, ASM)
                         gate = ds * (sig * (1.0 + z * (1.0 - sig)))
                         ds *= z * sig
-                    _put(scalars, p, (x, ds, raw, dt), 4, W, ASM)
                     if ASM:
-                        put2(both + p * 256 * W + half * 8, dt, dt * x)
-                        put1(both_ds + p * 128 * W + half * 4, ds)
-                    own = own + ((D * x + r[p][2] if ADD else D * x, gate, dt, dt * x, ds, real),)
+                        put2(both + p * 256 + half * 8, dt, dt * x)
+                        put1(both_ds + p * 128 + half * 4, ds)
+                    own = own + ((r[p][2] if ADD else none, gate, dt, dt * x, ds, real, x, raw),)
                 put_rows(put_B, rB, T, TYPE, CONST_B, ASM)
                 put_rows(put_C, rC, T, C_TYPE, CONST_C, ASM)
                 if ASM:
                     warp_sync(lane)
                 # (2) forward
+                states = ()
                 for p in tl.static_range(HT):
                     k = kb + 2 * p
                     live = k + half < end
                     if ASM:
-                        dt0, u0, dt1, u1 = get4(both + p * 256 * W)
-                        ds0, ds1 = get2(both_ds + p * 128 * W)
+                        dt0, u0, dt1, u1 = get4(both + p * 256)
+                        ds0, ds1 = get2(both_ds + p * 128)
                     else:
                         dt0, dt1 = to_both(own[p][2], lane, ASM)
                         u0, u1 = to_both(own[p][3], lane, ASM)
@@ -491,18 +457,14 @@ def _scan_bwd_kernel(
                         get_C, Cc, C_p, sC_n, k, end, walk, frames, half, own[p][5], lane, 2 * p,
                         SC, NH, NS, CONST_C, False, REVERSE, TIME, ASM,
                     )  # fmt: skip
-                    _put(smem, 2 * p, h, NH, W, ASM)
-                    a0 = decays(A, dt0, NH, ASM)
-                    h0 = advance(h, a0, b0, u0, NH)
-                    _put(smem, 2 * p + 1, h0, NH, W, ASM)
-                    a1 = decays(A, dt1, NH, ASM)
-                    h = advance(h0, a1, b1, u1, NH)
-                    if KEEP:
-                        _put(smem, T + 2 * p, a0, NH, W, ASM)
-                        _put(smem, T + 2 * p + 1, a1, NH, W, ASM)
+                    h0 = advance(h, decays(A, dt0, NH, ASM), b0, u0, NH)
+                    states = states + ((h, h0),)
+                    h = advance(h0, decays(A, dt1, NH, ASM), b1, u1, NH)
                     if HAS_Z or PARK:
                         y = own_total(dot(h0, c0, NH), dot(h, c1, NH), lane, ASM)
-                        if FIRST == 0 or ADD:
+                        if FIRST == 0:
+                            y += D * own[p][6]
+                        if ADD:
                             y += own[p][0]
                         ok = live if EVEN else live & mask_d
                         if PARK:
@@ -545,10 +507,10 @@ def _scan_bwd_kernel(
                     live = k + half < end
                     ok = live if EVEN else live & mask_d
                     real = own[p][5] if MASK else live
-                    x, ds, raw, dt = _get(scalars, p, 4, W, ASM)
+                    dt, ds, x, raw = own[p][2], own[p][4], own[p][6], own[p][7]
                     if ASM:
-                        dt0, u0, dt1, u1 = get4(both + p * 256 * W)
-                        ds0, ds1 = get2(both_ds + p * 128 * W)
+                        dt0, u0, dt1, u1 = get4(both + p * 256)
+                        ds0, ds1 = get2(both_ds + p * 128)
                     else:
                         dt0, dt1 = to_both(dt, lane, ASM)
                         u0, u1 = to_both(dt * x, lane, ASM)
@@ -561,11 +523,10 @@ def _scan_bwd_kernel(
                         get_C, Cc, C_p, sC_n, k, end, walk, frames, half, real, lane, 2 * p,
                         SC, NH, NS, CONST_C, False, REVERSE, TIME, ASM,
                     )  # fmt: skip
-                    hb = _get(smem, 2 * p + 1, NH, W, ASM)
-                    a1 = _get(smem, T + 2 * p + 1, NH, W, ASM) if KEEP else decays(A, dt1, NH, ASM)
+                    ha, hb = states[p]
+                    a1 = decays(A, dt1, NH, ASM)
                     dh, dA, dBc, pB1, gB1, gA1 = _token_back(dh, dA, dBc, A, b1, c1, hb, a1, dt1, u1, ds1, NH, CONST_B)
-                    ha = _get(smem, 2 * p, NH, W, ASM)
-                    a0 = _get(smem, T + 2 * p, NH, W, ASM) if KEEP else decays(A, dt0, NH, ASM)
+                    a0 = decays(A, dt0, NH, ASM)
                     dh, dA, dBc, pB0, gB0, gA0 = _token_back(dh, dA, dBc, A, b0, c0, ha, a0, dt0, u0, ds0, NH, CONST_B)
                     gB = own_total(gB0, gB1, lane, ASM)
                     gA = own_total(gA0, gA1, lane, ASM)

@@ -4,9 +4,9 @@ measured in bench/results/h200_scan_tuning.json; the table holds for every GPU u
 
 # Forward: tokens at a time, warps a program.
 FWD = {"T": 4, "W": 1}
-# Backward: tokens whose states are in shared memory, warps, whether their decays are too, programs a multiprocessor,
+# Backward: tokens whose states are in registers, warps, programs a multiprocessor,
 # and the register limit that makes room for them.
-BWD = {"T": 4, "W": 2, "KEEP": False, "per_sm": 6, "maxnreg": 168}
+BWD = {"T": 4, "W": 2, "per_sm": 6, "maxnreg": 168}
 # Sequences that leave three quarters of a multiprocessor's 16 warps without work, and of at least so many tokens, are
 # split in time, in pieces of a multiple of 64 tokens: three launches instead of one, twice the exponentials.
 SPLIT = {"least": 256, "warps": 16}
