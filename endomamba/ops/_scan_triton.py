@@ -299,6 +299,7 @@ def _sum_rows_kernel(
     in_ptr, dB_ptr, dC_ptr, cu_ptr, l, tiles, nblk, frames,
     GROUPS: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr, NS: tl.constexpr, CONST_B: tl.constexpr,
     CONST_C: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, TIME: tl.constexpr, TP: tl.constexpr,
+    U: tl.constexpr,
 ):  # fmt: skip
     # Grid (sequences * tiles * g,): TP pairs of tokens of one sequence; adds the rows that the programs of a group's
     # channel blocks left (pairs, blocks, dB | dC, token of the pair, half, 8), block by block.  Reads every row once.
@@ -323,8 +324,12 @@ def _sum_rows_kernel(
     per = nblk // GROUPS
     total = tl.zeros([TP, 64], tl.float32)
     p = in_ptr + ((pair0 + pair)[:, None] * nblk + group * per) * 64 + v[None, :]
-    for j in range(0, per):
-        total += tl.load(p + j * 64, mask=live, other=0.0)
+    for j in range(0, per, U):
+        rows = ()
+        for u in tl.static_range(U):  # U loads in flight, added in their order
+            rows = rows + (tl.load(p + (j + u) * 64, mask=live & (j + u < per), other=0.0),)
+        for u in tl.static_range(U):
+            total += rows[u]
     token = offset(k, count, frames, 1, REVERSE, TIME)
     to = ((row0 + token) * GROUPS + group) * N + FIRST + state[None, :]
     if not CONST_B:
@@ -337,7 +342,7 @@ def _sum_rows_kernel(
 def _sum_parts_kernel(
     A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dbias_ptr, parts, d,
     N: tl.constexpr, FIRST: tl.constexpr, NS: tl.constexpr, CONST_B: tl.constexpr, CONST_C: tl.constexpr,
-    HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
     # Grid (cdiv(d * NS, BLOCK),): parameter gradients, part by part.
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -348,17 +353,25 @@ def _sum_parts_kernel(
     c = tl.zeros([BLOCK], tl.float32)
     e = tl.zeros([BLOCK], tl.float32)
     f = tl.zeros([BLOCK], tl.float32)
-    for p in range(0, parts):
-        at = p * d * NS + i
-        a += tl.load(A_ptr + at, mask=ok, other=0.0)
-        if CONST_B:
-            b += tl.load(B_ptr + at, mask=ok, other=0.0)
-        if CONST_C:
-            c += tl.load(C_ptr + at, mask=ok, other=0.0)
-        if HAS_D:
-            e += tl.load(D_ptr + p * d + i, mask=first, other=0.0)
-        if HAS_BIAS:
-            f += tl.load(bias_ptr + p * d + i, mask=first, other=0.0)
+    for p0 in range(0, parts, U):
+        loaded = ()
+        for u in tl.static_range(U):  # U parts in flight, added in their order
+            p = p0 + u
+            at = p * d * NS + i
+            here = ok & (p < parts)
+            f0 = first & (p < parts)
+            va = tl.load(A_ptr + at, mask=here, other=0.0)
+            vb = tl.load(B_ptr + at, mask=here, other=0.0) if CONST_B else va
+            vc = tl.load(C_ptr + at, mask=here, other=0.0) if CONST_C else va
+            ve = tl.load(D_ptr + p * d + i, mask=f0, other=0.0) if HAS_D else va
+            vf = tl.load(bias_ptr + p * d + i, mask=f0, other=0.0) if HAS_BIAS else va
+            loaded = loaded + ((va, vb, vc, ve, vf),)
+        for u in tl.static_range(U):
+            a += loaded[u][0]
+            b += loaded[u][1]
+            c += loaded[u][2]
+            e += loaded[u][3]
+            f += loaded[u][4]
     to = i // NS * N + FIRST + i % NS
     tl.store(dA_ptr + to, a, mask=ok)
     if CONST_B:
@@ -427,17 +440,17 @@ def _backward_launch(
         SHARED=shared_asm(T * W * (576 if W > 1 else 320)), num_warps=W, **options,
     )  # fmt: skip
     if not (const_B and const_C) and longest:
-        TP = 16
+        TP = 8
         tiles = triton.cdiv(triton.cdiv(longest, 2), TP)
         _sum_rows_kernel[(call.seqs * tiles * groups,)](
             rows, dB, dC, call.cu_seqlens, call.l, tiles, blocks, call.frames, GROUPS=groups, N=call.n, FIRST=first,
             NS=states, CONST_B=const_B, CONST_C=const_C, PACKED=call.cu_seqlens is not None, REVERSE=side.reverse,
-            TIME=call.frames > 0, TP=TP, num_warps=4,
+            TIME=call.frames > 0, TP=TP, U=4, num_warps=4,
         )  # fmt: skip
-    _sum_parts_kernel[(triton.cdiv(call.d * states, 128),)](
+    _sum_parts_kernel[(triton.cdiv(call.d * states, 64),)](
         pA, pB, pC, pD, pbias, dA, dB, dC, dD, ddt_bias, programs, call.d, N=call.n, FIRST=first, NS=states,
-        CONST_B=const_B, CONST_C=const_C, HAS_D=has_D and not park_g, HAS_BIAS=has_bias and not park_g, BLOCK=128,
-        num_warps=4,
+        CONST_B=const_B, CONST_C=const_C, HAS_D=has_D and not park_g, HAS_BIAS=has_bias and not park_g, BLOCK=64,
+        U=8, num_warps=2,
     )  # fmt: skip
 
 

@@ -4,9 +4,9 @@ measured in bench/results/h200_scan_tuning.json; the table holds for every GPU u
 
 # Forward: tokens at a time, warps a program.
 FWD = {"T": 4, "W": 1}
-# Backward: tokens whose states are in registers, warps, programs a multiprocessor,
-# and the register limit that makes room for them.
-BWD = {"T": 4, "W": 2, "per_sm": 6, "maxnreg": 168}
+# Backward: tokens whose states are in registers, warps, programs a multiprocessor, and the register limit that makes
+# room for them (a quarter of its registers must hold a quarter of its warps).
+BWD = {"T": 4, "W": 4, "per_sm": 3, "maxnreg": 168}
 # Sequences that leave three quarters of a multiprocessor's 16 warps without work, and of at least so many tokens, are
 # split in time, in pieces of a multiple of 64 tokens: three launches instead of one, twice the exponentials.
 SPLIT = {"least": 256, "warps": 16}
