@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._triton import ASM, AotCase, meta, on_device
 from ._triton_math import LOG2E, exp2, sigmoid, softplus
-from ._triton_scan import _store4, _words2, _words4, unpack
+from ._triton_scan import _store4, unpack
 
 STATES = 16  # the walk over many tokens sums at most this many at a time; so does this, for the same bits
 WARP_CHANNELS = 8
@@ -34,6 +34,31 @@ def _neighbour(v, lane, DISTANCE: tl.constexpr, ASM: tl.constexpr):
         return tl.inline_asm_elementwise(
             "shfl.sync.bfly.b32 $0, $1, 2, 31, 0xffffffff;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1
         )
+
+
+@triton.jit
+def _words4(p):
+    # Neither pure nor of the read-only cache: either would let the compiler move it behind the stores of another row.
+    return tl.inline_asm_elementwise(
+        "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];",
+        "=r,=r,=r,=r,l",
+        [p.to(tl.int64)],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _words2(p):
+    return tl.inline_asm_elementwise(
+        "ld.global.v2.b32 {$0, $1}, [$2];",
+        "=r,=r,l",
+        [p.to(tl.int64)],
+        dtype=(tl.int32, tl.int32),
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
