@@ -884,6 +884,97 @@ def test_a_named_back_end_runs_or_raises():
         scan(inputs, backend="triton")
 
 
+# ---- one token, nothing saved: Triton has a kernel for it --------------------------------------------------------
+
+ONE_TOKEN = {
+    "base": {},
+    **{f"n{n}": {"n": n} for n in (1, 3, 8, 13, 16, 32, 40, 300)},
+    "b9-d70-n16": {"b": 9, "d": 70, "n": 16},
+    "d768-n16": {"d": 768, "n": 16},
+    "g2-d70-n16": {"g": 2, "d": 70, "n": 16},
+    "g-d": {"g": 12},
+    "constant-B-n16": {"constant": "B", "n": 16},
+    "constant-C-g2-n16": {"constant": "C", "g": 2, "n": 16},
+    "constant-BC": {"constant": "BC", "b": 5},
+    "bare": {"absent": ("D", "z", "dt_bias", "initial_state")},
+    "mask": {"b": 3, "n": 16, "mask": torch.tensor([[True], [False], [True]])},
+    "mask-constant-B": {"mask": torch.tensor([[True], [False]]), "constant": "B"},
+    "out-fp32": {"out_dtype": torch.float32},
+    "no-softplus": {"dt_softplus": False},
+    "reverse-time": {"reverse": True, "order": "time", "frames": 1},
+}
+
+
+def one_token(row: str, dtype=torch.float32) -> dict:
+    inputs = make(l=1, dtype=dtype, **ONE_TOKEN[row])
+    if row == "no-softplus":
+        inputs |= {"dt": 0.05 * F.softplus(inputs["dt"]), "dt_bias": torch.exp(inputs["dt_bias"])}
+    return inputs
+
+
+def saving(inputs: dict, backend: str, save_states: bool) -> dict:
+    """Outputs of the private op."""
+    out_fp32 = inputs.get("out_dtype") == torch.float32
+    names = tensors(inputs).keys() | {"mask", "dt_softplus", "reverse", "frames", "plan"}
+    args = private({k: v for k, v in inputs.items() if k in names}, backend=backend, save_states=save_states)
+    y, final_state, _ = selective_scan_op(*args[:-3], out_fp32, *args[-2:])
+    return {"y": y, "final_state": final_state}
+
+
+@compiled
+@pytest.mark.parametrize("dtype", on.few(DTYPES, torch.float32), ids=dtype_id)
+@pytest.mark.parametrize("row", on.few(ONE_TOKEN, *(row for row in ONE_TOKEN if row != "d768-n16")))
+def test_one_token(row, dtype, backend):
+    """As accurate as eager, and the bits of a call that saves states, which walks one token like any number."""
+    inputs = one_token(row, dtype)
+    got = dict(zip(("y", "final_state"), scan(inputs, backend=backend), strict=True))
+    eager = scan(inputs, backend="reference")
+    truth = scan(cast(inputs, torch.float64) | {"out_dtype": None}, backend="reference")
+    for name, low, exactly in zip(got, eager, truth, strict=True):
+        assert got[name].dtype == low.dtype
+        assert_as_accurate_as_eager(name, got[name], low, exactly, 2.0 * on.slack(backend))
+    assert_bitwise(saving(inputs, backend, False), saving(inputs, backend, True))
+
+
+@compiled
+def test_one_token_of_any_strides(backend):
+    inputs = make(b=3, l=1, d=12, n=16)
+    plain = scan(inputs, backend=backend)
+    for layout in LAYOUTS[2:]:
+        laid = {k: layout(v) for k, v in tensors(inputs).items()}
+        for got, want in zip(scan(inputs | laid, backend=backend), plain, strict=True):
+            assert torch.equal(got, want)
+    y, absent = scan(inputs, backend=backend, return_final_state=False)
+    assert absent is None
+    assert torch.equal(y, plain[0])
+
+
+@pytest.mark.parametrize("backend", on.SPLITTING)
+@pytest.mark.parametrize("rows, warps", [(1, 2), (2, 1), (4, 4)])
+def test_one_token_launched_in_any_way_has_the_same_bits(rows, warps, backend, monkeypatch):
+    from endomamba.ops import _scan_triton_step
+
+    inputs = make(b=5, l=1, d=70, n=16, mask=torch.tensor([[True], [True], [False], [True], [True]]))
+    kernel, seen = _scan_triton_step._scan_step_kernel, []
+
+    class Spy:
+        def __getitem__(self, grid):
+            return lambda *args, **options: (seen.append(options["num_warps"]), kernel[grid](*args, **options))
+
+    monkeypatch.setattr(_scan_triton_step, "_scan_step_kernel", Spy())
+    monkeypatch.setattr(_scan_triton_step, "STEP", ((0, 1, 1),))
+    want = scan(inputs, backend=backend)
+    monkeypatch.setattr(_scan_triton_step, "STEP", ((0, rows, warps),))
+    got = scan(inputs, backend=backend)
+    assert seen == [1, warps], "the kernel for one token did not run"
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)
+    for i in range(5):
+        row = {k: inputs[k][i : i + 1] for k in ("x", "dt", "B", "C", "z", "initial_state", "mask")}
+        for one, other in zip(scan(inputs | row, backend=backend), want, strict=True):
+            assert torch.equal(one, other[i : i + 1])
+
+
 # ---- few long sequences, split in time ---------------------------------------------------------------------------
 
 

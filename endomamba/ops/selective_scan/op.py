@@ -23,7 +23,11 @@ BACKENDS = register(
     "selective_scan",
     {
         "triton": Backend(
-            partial(rows.fwd, _triton.lazy(SHARED, "_scan_triton", "scan_fwd")),
+            partial(
+                rows.fwd,
+                _triton.lazy(SHARED, "_scan_triton", "scan_fwd"),
+                step=_triton.lazy(SHARED, "_scan_triton_step", "scan_step"),
+            ),
             partial(rows.bwd, _triton.lazy(SHARED, "_scan_triton", "scan_bwd")),
             _triton.unsupported,
         ),
