@@ -148,7 +148,9 @@ def _forward_launch(
     call: _Call, side: Direction, first: int, states: int, y: Tensor | None, parked: Tensor | None, scale: float,
     gated: bool, final: Tensor | None, chunk: Tensor | None, piece: int,
 ) -> None:  # fmt: skip
-    T, W = FWD["T"], FWD["W"]
+    W = FWD["W"]
+    few = call.l > 4 and call.seqs * triton.cdiv(call.d, LANE_CHANNELS) <= FWD["few"] * _processors(call.device)
+    T = FWD["T_few"] if few else FWD["T"]
     args = _shared_arguments(call, side, first, states, W)
     channels = call.d // args["GROUPS"]
     blocks = args["GROUPS"] * triton.cdiv(channels, LANE_CHANNELS * W)
@@ -324,12 +326,16 @@ def _sum_rows_kernel(
     per = nblk // GROUPS
     total = tl.zeros([TP, 64], tl.float32)
     p = in_ptr + ((pair0 + pair)[:, None] * nblk + group * per) * 64 + v[None, :]
-    for j in range(0, per, U):
-        rows = ()
-        for u in tl.static_range(U):  # U loads in flight, added in their order
-            rows = rows + (tl.load(p + (j + u) * 64, mask=live & (j + u < per), other=0.0),)
-        for u in tl.static_range(U):
-            total += rows[u]
+    for first in range(0, per, 32):  # 32 by 32: the error grows with the number of sums one after the other
+        last = tl.minimum(first + 32, per)
+        part = tl.zeros([TP, 64], tl.float32)
+        for j in range(first, last, U):
+            rows = ()
+            for u in tl.static_range(U):  # U loads in flight, added in their order
+                rows = rows + (tl.load(p + (j + u) * 64, mask=live & (j + u < last), other=0.0),)
+            for u in tl.static_range(U):
+                part += rows[u]
+        total += part
     token = offset(k, count, frames, 1, REVERSE, TIME)
     to = ((row0 + token) * GROUPS + group) * N + FIRST + state[None, :]
     if not CONST_B:

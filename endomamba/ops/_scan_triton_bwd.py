@@ -462,8 +462,8 @@ def _scan_bwd_kernel(
                     h = advance(h0, decays(A, dt1, NH, ASM), b1, u1, NH)
                     if HAS_Z or PARK:
                         y = own_total(dot(h0, c0, NH), dot(h, c1, NH), lane, ASM)
-                        if FIRST == 0:
-                            y += D * own[p][6]
+                        if FIRST == 0 and HAS_D:
+                            y = tl.fma(D, own[p][6], y)
                         if ADD:
                             y += own[p][0]
                         ok = live if EVEN else live & mask_d

@@ -182,12 +182,9 @@ def _scan_fwd_kernel(
                 if HAS_Z:
                     z = value(q[p][2], z_ptr.dtype.element_ty, ASM)
                     gate = scale * z * sigmoid(z, ASM)
-                skip = D * x
-                if ADD:
-                    skip += q[p][3]
                 if ASM:
                     put2(both + p * 256 + half * 8, dt, dt * x)
-                own = own + ((dt, dt * x, real, skip, gate),)
+                own = own + ((dt, dt * x, real, x, gate, q[p][3]),)
             put_rows(put_B, rB, T, B_ptr.dtype.element_ty, CONST_B, ASM)
             put_rows(put_C, rC, T, C_ptr.dtype.element_ty, CONST_C or not Y, ASM)
             if ASM:
@@ -221,7 +218,11 @@ def _scan_fwd_kernel(
                         get_C, Cc, C_p, sC_n, k, end, l, frames, half, own[p][2], lane, 2 * p,
                         SC, NH, NS, CONST_C, False, REVERSE, TIME, ASM,
                     )  # fmt: skip
-                    y = own_total(dot(h, c0, NH), dot(h1, c1, NH), lane, ASM) + own[p][3]
+                    y = own_total(dot(h, c0, NH), dot(h1, c1, NH), lane, ASM)
+                    if HAS_D:
+                        y = tl.fma(D, own[p][3], y)
+                    if ADD:
+                        y += own[p][5]
                     y *= own[p][4]
                     ok = k + half < end if EVEN else (k + half < end) & mask_d
                     to = own_at(y_p, offs_d, kb, 2 * p, l, frames, half, SY, REVERSE, TIME)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._triton import ASM, AotCase, meta, on_device
 from ._triton_math import LOG2E, exp2, sigmoid, softplus
-from ._triton_scan import _store4, unpack
+from ._triton_scan import store4
 
 STATES = 16  # the walk over many tokens sums at most this many at a time; so does this, for the same bits
 WARP_CHANNELS = 8
@@ -65,7 +65,7 @@ def _words2(p):
 def _values(
     p, stride, index, half, P: tl.constexpr, NH: tl.constexpr, NS: tl.constexpr, VEC: tl.constexpr, ASM: tl.constexpr
 ):
-    # P neighbours of a row from the half's index-th on, still packed where VEC (see `unpack`); 0 where there are none
+    # P neighbours of a row from the half's index-th on, still packed where VEC (see `_unpack`); 0 where there are none
     row = ()
     if VEC:
         WORDS: tl.constexpr = P * p.dtype.element_ty.primitive_bitwidth // 32
@@ -85,12 +85,33 @@ def _values(
 
 
 @triton.jit
+def _unpack(row, P: tl.constexpr, VEC: tl.constexpr, TYPE: tl.constexpr):
+    # -> P fp32 values
+    out = ()
+    if VEC == 0:
+        for i in tl.static_range(P):
+            out = out + (row[i].to(tl.float32),)
+    elif tl.float32 == TYPE:
+        for i in tl.static_range(P):
+            out = out + (row[i].to(tl.float32, bitcast=True),)
+    elif tl.bfloat16 == TYPE:
+        for i in tl.static_range(P // 2):
+            out = out + ((row[i] << 16).to(tl.float32, bitcast=True), (row[i] & -65536).to(tl.float32, bitcast=True))
+    else:
+        for i in tl.static_range(P // 2):
+            low = row[i].to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            high = (row[i] >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            out = out + (low, high)
+    return out
+
+
+@triton.jit
 def _step(h, A, B, dt, u, real, P: tl.constexpr, H0: tl.constexpr, MASK: tl.constexpr, ASM: tl.constexpr):
     out = ()
     for i in tl.static_range(P):
         fed = tl.where(real, B[i], 0.0) if MASK else B[i]
         if H0:
-            out = out + (tl.fma(fed, u, exp2(A[i] * LOG2E * dt, ASM) * h[i]),)
+            out = out + (tl.fma(exp2(A[i] * LOG2E * dt, ASM), h[i], fed * u),)
         else:
             out = out + (fed * u,)
     return out
@@ -196,19 +217,19 @@ def _scan_step_kernel(
         y = x
         for part in tl.static_range(PARTS):
             h = _step(
-                unpack(hs[part * R + i], P, WIDE, tl.float32) if H0 else (),
-                unpack(As[part], P, WIDE, tl.float32),
-                unpack(Bs[part if CONST_B else part * R + i], P, VEC and WIDE, ROW),
+                _unpack(hs[part * R + i], P, WIDE, tl.float32) if H0 else (),
+                _unpack(As[part], P, WIDE, tl.float32),
+                _unpack(Bs[part if CONST_B else part * R + i], P, VEC and WIDE, ROW),
                 dt, dt * x, real, P, H0, MASK, ASM,
             )  # fmt: skip
             if FINAL:
                 h_p = h_ptr + seqs[i] * (DIM * N) + (offs_d * N + part * STATES + half * NH + index)
                 if ASM and WIDE:
-                    _store4(h_p, h[0], h[1], h[2], h[3], store)
+                    store4(h_p, h[0], h[1], h[2], h[3], store)
                 else:
                     for j in tl.static_range(P):
                         tl.store(h_p + j, h[j], mask=store & (index + j < NH) & (half * NH + index + j < NS))
-            total = _dot(h, unpack(Cs[part if CONST_C else part * R + i], P, VEC and WIDE, ROW), lane, P, ASM)
+            total = _dot(h, _unpack(Cs[part if CONST_C else part * R + i], P, VEC and WIDE, ROW), lane, P, ASM)
             if part > 0:
                 y += total
             elif D_ptr is not None:

@@ -2,8 +2,8 @@
 measured in bench/results/h200_scan_tuning.json; the table holds for every GPU until another is measured.
 """
 
-# Forward: tokens at a time, warps a program.
-FWD = {"T": 4, "W": 1}
+# Forward, warps a program and tokens at a time (which changes no bit): more of them where warps are few.
+FWD = {"W": 1, "T": 4, "T_few": 8, "few": 64}
 # Backward: tokens whose states are in registers, warps, programs a multiprocessor, and the register limit that makes
 # room for them (a quarter of its registers must hold a quarter of its warps).
 BWD = {"T": 4, "W": 4, "per_sm": 3, "maxnreg": 168}

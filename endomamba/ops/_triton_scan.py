@@ -173,7 +173,7 @@ def decays(A, dt, NH: tl.constexpr, ASM: tl.constexpr):
 def advance(h, a, B, dtx, NH: tl.constexpr):
     out = ()
     for i in tl.static_range(NH):
-        out = out + (a[i] * h[i] + B[i] * dtx,)
+        out = out + (tl.fma(a[i], h[i], B[i] * dtx),)
     return out
 
 
@@ -185,9 +185,9 @@ def dot(u, v, NH: tl.constexpr):
         r = u[1] * v[1]
         for i in tl.static_range(2, NH):
             if i % 2 == 0:
-                s += u[i] * v[i]
+                s = tl.fma(u[i], v[i], s)
             else:
-                r += u[i] * v[i]
+                r = tl.fma(u[i], v[i], r)
         s += r
     return s
 
