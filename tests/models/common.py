@@ -5,7 +5,7 @@ from torch import Tensor
 
 from endomamba.models import EndoMamba, StreamState, create_model
 from endomamba.ops import backend_info
-from tests.ops.backends import DEVICE, NAMES
+from tests.ops.backends import DEVICE, NAMES, Random
 
 BACKENDS = [name for name in NAMES if not backend_info(DEVICE)["mixer_inner"][name]]
 # Frames, clips and streams give matrix products of other sizes, for which a GPU takes kernels that sum in other orders.
@@ -13,29 +13,34 @@ ROUNDING = 1 if DEVICE == "cpu" else 4
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 4, "num_classes": 3}
 
 
+def seeded(**options) -> EndoMamba:
+    """The same weights on every device: they are drawn on the CPU."""
+    torch.manual_seed(0)
+    with torch.device("cpu"):
+        model = create_model("endomamba", **options)
+    return model.to(DEVICE)
+
+
 def awake(model: EndoMamba, seed: int = 0) -> EndoMamba:
     """Matrices at the scale of their width: with the published 0.02 a network this narrow hardly looks at its input.
 
     The dt projections stay as `dt_init` made them.
     """
-    g = torch.Generator("cpu").manual_seed(seed)
+    random = Random(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith(("in_proj.weight", "x_proj.weight", "x_proj_b.weight", "out_proj.weight", "head.weight")):
-                p.copy_(torch.randn(p.shape, generator=g, device="cpu").to(DEVICE) / p.shape[1] ** 0.5)
+                p.copy_(random.randn(*p.shape) / p.shape[1] ** 0.5)
     return model.eval()
 
 
 def long_memory(**options) -> EndoMamba:
     """A tiny model with dt in [1e-4, 1e-1], so that what one frame leaves in the state is read many frames later."""
-    torch.manual_seed(0)
-    options = {**TINY, "dt_init": "mamba", "dt_min": 1e-4, "dt_max": 1e-1, **options}
-    return awake(create_model("endomamba", **options))
+    return awake(seeded(**{**TINY, "dt_init": "mamba", "dt_min": 1e-4, "dt_max": 1e-1, **options}))
 
 
 def make_video(model: EndoMamba, b: int = 1, t: int = 4, seed: int = 1) -> Tensor:
-    g = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(b, model.config.in_channels, t, *model.config.size, generator=g, device="cpu").to(DEVICE)
+    return Random(seed).randn(b, model.config.in_channels, t, *model.config.size)
 
 
 @torch.no_grad()

@@ -205,7 +205,7 @@ def test_a_damaged_byte_inside_the_archive(source, tmp_path):
 
 def test_a_plain_pickle_of_tensors(source, tmp_path):
     path = tmp_path / "weights.pkl"
-    path.write_bytes(pickle.dumps({name: t.numpy() for name, t in source.items()}))
+    path.write_bytes(pickle.dumps({name: t.cpu().numpy() for name, t in source.items()}))
     with pytest.raises(CheckpointError) as error:
         load_checkpoint(new_model(), path)
     assert "\n" not in str(error.value)

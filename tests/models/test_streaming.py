@@ -10,7 +10,7 @@ import torch
 from endomamba.models import StreamState
 from endomamba.models.layers import temporal_positions
 from tests.models.common import BACKENDS, assert_close, assert_state_matters, long_memory, make_video
-from tests.ops.backends import generator
+from tests.ops.backends import Random
 
 TOLERANCE = 2e-6  # logits are of order 1
 
@@ -83,7 +83,7 @@ def test_gradient_of_a_state():
         return out.sum() + after.ssm.square().sum() + after.conv.square().sum()
 
     for name, tensor, grad in zip(("conv", "ssm"), (conv, ssm), torch.autograd.grad(loss(conv, ssm), (conv, ssm))):
-        direction = torch.randn(tensor.shape, dtype=torch.float64, generator=generator(5))
+        direction = Random(5).randn(*tensor.shape, dtype=torch.float64)
         with torch.no_grad():
             up, down = (
                 loss(*(t + sign * 1e-5 * direction if t is tensor else t for t in (conv, ssm))) for sign in (1, -1)

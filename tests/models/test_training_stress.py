@@ -4,12 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from endomamba.models import create_model
 from endomamba.ops import add_layer_norm, add_rms_norm, bidirectional_scan, causal_conv1d, selective_scan
 from tests.accuracy import assert_as_accurate_as_eager
-from tests.models.common import TINY, awake
+from tests.models.common import TINY, awake, seeded
 from tests.ops import backends as on
-from tests.ops.backends import DEVICE, DTYPES, generator
+from tests.ops.backends import DEVICE, DTYPES, Random
 
 FP16_MAX = torch.finfo(torch.float16).max
 
@@ -38,12 +37,9 @@ def assert_right(function, inputs, upstream, backend, slack=2.0):
 
 
 def scan_inputs(dtype, b=2, l=70, d=6, n=16):
-    random = generator(l)
-
-    def randn(*shape):
-        return torch.randn(*shape, generator=random)
-
-    dt = torch.rand(b, l, d, generator=random) * 80 - 30
+    random = Random(l)
+    randn = random.randn
+    dt = random.rand(b, l, d) * 80 - 30
     dt[:, :4] = torch.tensor([-30.0, 50.0, 20.0, 0.0])[:, None]
     low = {"x": randn(b, l, d), "dt": dt, "B": randn(b, l, n), "C": randn(b, l, n), "z": randn(b, l, d)}
     wide = {"A": -torch.arange(1.0, n + 1).repeat(d, 1), "D": randn(d), "dt_bias": randn(d)}
@@ -55,9 +51,9 @@ def scan_inputs(dtype, b=2, l=70, d=6, n=16):
 @pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "reverse"])
 def test_selective_scan_of_any_dt(backend, dtype, reverse):
     inputs = scan_inputs(DTYPES[dtype])
-    random = generator(1)
-    inputs["initial_state"] = torch.randn(2, 6, 16, generator=random)
-    upstream = [torch.randn(2, 70, 6, generator=random), torch.randn(2, 6, 16, generator=random)]
+    random = Random(1)
+    inputs["initial_state"] = random.randn(2, 6, 16)
+    upstream = [random.randn(2, 70, 6), random.randn(2, 6, 16)]
 
     def scan(backend):
         return lambda **t: selective_scan(**t, reverse=reverse, return_final_state=True, backend=backend)
@@ -70,7 +66,7 @@ def test_selective_scan_of_any_dt(backend, dtype, reverse):
 def test_bidirectional_scan_of_any_dt(backend, dtype):
     inputs, other = scan_inputs(DTYPES[dtype]), scan_inputs(DTYPES[dtype])
     inputs |= {f"{name}_b": t.flip(0) for name, t in other.items() if name != "z"}
-    upstream = [torch.randn(2, 70, 6, generator=generator(1))]
+    upstream = [Random(1).randn(2, 70, 6)]
     assert_right(lambda backend: lambda **t: bidirectional_scan(**t, backend=backend), inputs, upstream, backend)
 
 
@@ -79,7 +75,7 @@ def test_bidirectional_scan_of_any_dt(backend, dtype):
 
 def extremes(*shape):
     """fp16 from -65,504 to 65,504, both ends among them."""
-    t = (torch.rand(*shape, generator=generator(3)) * 2 - 1) * FP16_MAX
+    t = (Random(3).rand(*shape) * 2 - 1) * FP16_MAX
     t.view(-1)[:2] = torch.tensor([FP16_MAX, -FP16_MAX])
     return t.half()
 
@@ -87,12 +83,12 @@ def extremes(*shape):
 @on.backends("add_rms_norm")
 @pytest.mark.parametrize("layer", [False, True], ids=["rms", "layer"])
 def test_norm_at_the_end_of_fp16(backend, layer):
-    random = generator(4)
-    inputs = {"x": extremes(2, 5, 96), "weight": torch.rand(96, generator=random) + 0.5}
-    inputs["residual"] = torch.randn(2, 5, 96, generator=random) * 1e5
+    random = Random(4)
+    inputs = {"x": extremes(2, 5, 96), "weight": random.rand(96) + 0.5}
+    inputs["residual"] = random.randn(2, 5, 96) * 1e5
     if layer:
-        inputs["bias"] = torch.randn(96, generator=random)
-    upstream = [torch.randn(2, 5, 96, generator=random), torch.randn(2, 5, 96, generator=random)]
+        inputs["bias"] = random.randn(96)
+    upstream = [random.randn(2, 5, 96), random.randn(2, 5, 96)]
     norm = add_layer_norm if layer else add_rms_norm
     assert_right(lambda backend: lambda **t: norm(**t, backend=backend), inputs, upstream, backend)
 
@@ -100,12 +96,12 @@ def test_norm_at_the_end_of_fp16(backend, layer):
 @on.backends("causal_conv1d")
 def test_conv_at_the_end_of_fp16(backend):
     """Sums of three terms of 65,504 each pass the end on the way; silu of -65,504 is zero."""
-    random = generator(5)
+    random = Random(5)
     inputs = {"x": extremes(2, 9, 24), "weight": torch.tensor([1.0, -1.0, 0.5, 0.25]).repeat(24, 1)}
     inputs["x"][:, 3:6] = FP16_MAX  # 65,504 * (1 - 1 + 0.5 + 0.25)
-    inputs["weight"] *= torch.rand(24, 1, generator=random) * 0.3 + 0.05
-    inputs["bias"] = torch.randn(24, generator=random)
-    upstream = [torch.randn(2, 9, 24, generator=random) * 1e-2]
+    inputs["weight"] *= random.rand(24, 1) * 0.3 + 0.05
+    inputs["bias"] = random.randn(24)
+    upstream = [random.randn(2, 9, 24) * 1e-2]
     conv = lambda backend: lambda **t: causal_conv1d(**t, activation="silu", backend=backend)  # noqa: E731
     assert_right(conv, inputs, upstream, backend)
 
@@ -119,7 +115,7 @@ def test_scan_at_the_end_of_fp16(backend):
     inputs["C"] *= 1e-6  # subnormal in fp16
     inputs["D"] *= 1e-6
     inputs["B"] *= 1e-1
-    upstream = [torch.randn(2, 70, 6, generator=generator(6)) * 1e-6]
+    upstream = [Random(6).randn(2, 70, 6) * 1e-6]
     assert_right(lambda backend: lambda **t: selective_scan(**t, backend=backend)[:1], inputs, upstream, backend)
 
 
@@ -128,9 +124,9 @@ def test_scan_at_the_end_of_fp16(backend):
 
 def task(random, b=8, t=4, classes=3):
     """(b, 3, t, 16, 16) in which every frame is one of three textures under noise, and (b, t) labels."""
-    shown = torch.randint(classes, (b, t), generator=random)
-    textures = torch.randn(classes, 3, 16, 16, generator=generator(7))
-    video = textures[shown].transpose(1, 2) + 0.3 * torch.randn(b, 3, t, 16, 16, generator=random)
+    shown = random.randint(classes, b, t)
+    textures = Random(7).randn(classes, 3, 16, 16)
+    video = textures[shown].transpose(1, 2) + 0.3 * random.randn(b, 3, t, 16, 16)
     return video, torch.cat((shown[:, :1], shown[:, :-1]), 1)
 
 
@@ -139,7 +135,7 @@ def train(model, steps, dtype=None, scaled=False, lr=3e-3):
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     scaler = torch.amp.GradScaler(DEVICE, enabled=scaled)
-    random, losses, scales = generator(8), [], []
+    random, losses, scales = Random(8), [], []
     for _ in range(steps):
         video, labels = task(random)
         with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
@@ -162,9 +158,7 @@ def assert_learned(losses, model):
 
 
 def student(**options):
-    torch.manual_seed(0)
-    options = {**TINY, "embed_dim": 32, "dt_init": "mamba", **options}
-    return awake(create_model("endomamba", **options))
+    return awake(seeded(**{**TINY, "embed_dim": 32, "dt_init": "mamba", **options}))
 
 
 @pytest.mark.parametrize("use_checkpoint", [False, True], ids=["plain", "checkpointed"])

@@ -1,4 +1,4 @@
-"""What the op tests run on: every test file takes its back ends, dtypes and generators from here.
+"""What the op tests run on: every test file takes its back ends, dtypes and random numbers from here.
 
 | run | tensors | back ends |
 |---|---|---|
@@ -74,15 +74,31 @@ def rows(table, slow=()):
     return few(table, *(row for row in table if row not in slow))
 
 
-def few(values, *quick):
-    """All of them; where they are interpreted, those not named are slow."""
-    return [pytest.param(v, marks=pytest.mark.slow) if INTERPRET and v not in quick else v for v in values]
+def few(values, *quick, on_gpu=None):
+    """All of them; where they are interpreted, those not named are slow, on a GPU those not in `on_gpu`."""
+    kept = quick if INTERPRET else on_gpu if DEVICE == "cuda" and on_gpu is not None else values
+    return [v if v in kept else pytest.param(v, marks=pytest.mark.slow) for v in values]
 
 
 def examples(count: int) -> int:
-    """How many draws hypothesis makes."""
-    return min(count, 5) if INTERPRET else count
+    """How many draws hypothesis makes.  On a GPU nearly every one has kernels of its own, compiled for seconds each."""
+    return min(count, 5) if INTERPRET else count // 3 if DEVICE == "cuda" else count
 
 
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator(DEVICE).manual_seed(seed)
+class Random:
+    """Numbers drawn on the CPU, so that every device gets the same ones."""
+
+    def __init__(self, seed: int):
+        self.generator = torch.Generator("cpu").manual_seed(seed)
+
+    def _draw(self, draw, *args, dtype=None) -> torch.Tensor:
+        return draw(*args, generator=self.generator, dtype=dtype, device="cpu").to(DEVICE)
+
+    def randn(self, *shape: int, dtype=None) -> torch.Tensor:
+        return self._draw(torch.randn, shape, dtype=dtype)
+
+    def rand(self, *shape: int, dtype=None) -> torch.Tensor:
+        return self._draw(torch.rand, shape, dtype=dtype)
+
+    def randint(self, high: int, *shape: int) -> torch.Tensor:
+        return self._draw(torch.randint, high, shape, dtype=torch.int64)

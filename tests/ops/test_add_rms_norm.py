@@ -18,7 +18,7 @@ from endomamba.ops.add_rms_norm import add_layer_norm, add_rms_norm
 from endomamba.ops.add_rms_norm.op import add_norm_backward_op, add_norm_op
 from tests.accuracy import assert_as_accurate_as_eager
 from tests.ops import backends as on
-from tests.ops.backends import DTYPES, HALF, generator
+from tests.ops.backends import DTYPES, HALF, Random
 
 backends = on.backends("add_rms_norm")
 compiled = on.compiled("add_rms_norm")
@@ -54,10 +54,7 @@ def lay_out(tensor: Tensor, layout: str) -> Tensor:
 
 
 def make(case: Case) -> dict[str, Tensor | None]:
-    random = generator(sum(case.shape))
-
-    def randn(*shape):
-        return torch.randn(*shape, generator=random)
+    randn = Random(sum(case.shape)).randn
 
     dtype, c = DTYPES[case.dtype], case.shape[-1]
     return {

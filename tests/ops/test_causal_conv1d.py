@@ -26,7 +26,7 @@ from endomamba.ops.causal_conv1d.op import (
 )
 from tests.accuracy import assert_as_accurate_as_eager
 from tests.ops import backends as on
-from tests.ops.backends import DTYPES, HALF, generator
+from tests.ops.backends import DTYPES, HALF, Random
 
 backends = on.backends("causal_conv1d")
 compiled = on.compiled("causal_conv1d")
@@ -88,10 +88,7 @@ def lay_out(tensor: Tensor, layout: str) -> Tensor:
 
 def make(case: Case, both: bool = False) -> dict[str, Tensor | None]:
     """Inputs and upstream gradients, rounded to the case's dtype; parameters and states fp32."""
-    random = generator(case.l + 31 * case.d + 7 * case.w)
-
-    def randn(*shape):
-        return torch.randn(*shape, generator=random)
+    randn = Random(case.l + 31 * case.d + 7 * case.w).randn
 
     b, length = (1, sum(case.lengths)) if case.lengths else (case.b, case.l)
     dtype = DTYPES[case.dtype]

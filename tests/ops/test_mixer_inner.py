@@ -18,7 +18,7 @@ from endomamba.ops.frame_step.op import frame_step_op
 from endomamba.ops.mixer_inner.op import mixer_inner_op
 from tests.accuracy import assert_as_accurate_as_eager
 from tests.ops import backends as on
-from tests.ops.backends import HALF, generator
+from tests.ops.backends import HALF, Random
 
 backends = on.backends("mixer_inner")
 stepping = on.backends("frame_step")
@@ -27,23 +27,23 @@ NAMES = ("conv_weight", "conv_bias", "x_proj_weight", "dt_proj_weight", "dt_bias
 
 def parameters(d, n, r, w=4, dtype=torch.float32, seed=0):
     """Slow decays: dt around 0.03, so that a state outlives the sequences of these tests."""
-    g = generator(seed)
+    random = Random(seed)
     values = (
-        torch.randn(d, w, generator=g) / 2,
-        torch.randn(d, generator=g) / 2,
-        torch.randn(r + 2 * n, d, generator=g) / d**0.5,
-        torch.randn(d, r, generator=g) / 4,
-        torch.rand(d, generator=g) - 4,
-        -torch.rand(d, n, generator=g) - 0.5,
-        torch.randn(d, generator=g),
+        random.randn(d, w) / 2,
+        random.randn(d) / 2,
+        random.randn(r + 2 * n, d) / d**0.5,
+        random.randn(d, r) / 4,
+        random.rand(d) - 4,
+        -random.rand(d, n) - 0.5,
+        random.randn(d),
     )
     return [v.to(dtype) for v in values]
 
 
 def inputs(b, l, d, n, w=4, dtype=torch.float32, seed=1):
-    g = generator(seed)
-    xz = torch.randn(b, l, 2 * d, generator=g)
-    return xz.to(dtype), torch.randn(b, w - 1, d, generator=g), torch.randn(b, d, n, generator=g)
+    random = Random(seed)
+    xz = random.randn(b, l, 2 * d)
+    return xz.to(dtype), random.randn(b, w - 1, d), random.randn(b, d, n)
 
 
 def composed(xz, p, p_b=None, conv_state=None, ssm_state=None, scale=1.0, backend="reference", **walk):
@@ -76,8 +76,8 @@ def composed(xz, p, p_b=None, conv_state=None, ssm_state=None, scale=1.0, backen
 
 def gradients(outputs, tensors, seed=2):
     """Gradients of a fixed random projection of all outputs."""
-    g = generator(seed)
-    loss = sum((o * torch.randn(o.shape, generator=g).to(o.dtype)).sum() for o in outputs if o is not None)
+    random = Random(seed)
+    loss = sum((o * random.randn(*o.shape).to(o.dtype)).sum() for o in outputs if o is not None)
     return torch.autograd.grad(loss, tensors)
 
 

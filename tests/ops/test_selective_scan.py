@@ -38,18 +38,20 @@ from endomamba.ops.selective_scan import reference, selective_scan
 from endomamba.ops.selective_scan.op import selective_scan_backward_op, selective_scan_op
 from tests.accuracy import assert_as_accurate_as_eager
 from tests.ops import backends as on
-from tests.ops.backends import generator
+from tests.ops.backends import Random
 from tests.ops.scan_cases import (
     DTYPES,
     HALF,
     INTERPRETED,
     ONE_WAY_ROWS,
+    ROW_DTYPES,
     ROWS,
     assert_bitwise,
     assert_close,
     assert_same,
     cast,
     check_accuracy,
+    drawn_sizes,
     dtype_id,
     exact,
     make,
@@ -162,7 +164,7 @@ def test_reference_rounds_once(row, dtype):
 
 
 @compiled
-@pytest.mark.parametrize("dtype", on.few(DTYPES, torch.float32), ids=dtype_id)
+@pytest.mark.parametrize("dtype", ROW_DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("row", on.few(ALL_ROWS, *INTERPRETED, "l65"))
 def test_as_accurate_as_eager(row, dtype, backend):
     check_accuracy(one_way(row, dtype=dtype), backend)
@@ -208,9 +210,9 @@ def test_a01_chunk_state_offsets(backend):
     if free < 16 * 2**30:
         pytest.skip(f"needs 16 GiB of free memory, there are {free / 2**30:.0f}")
     b, d, n = 2**17 + 1, 1024, 16
-    random = generator(0)
-    row = [torch.randn(1, 1, size, generator=random).half() for size in (d, d, n, n)]  # x, dt, B, C
-    A, state = -torch.rand(d, n, generator=random), torch.randn(1, d, n, generator=random)
+    random = Random(0)
+    row = [random.randn(1, 1, size).half() for size in (d, d, n, n)]  # x, dt, B, C
+    A, state = -random.rand(d, n), random.randn(1, d, n)
 
     def last_row(b):
         x, dt, B, C = (t.expand(b, -1, -1).contiguous().requires_grad_() for t in row)
@@ -274,11 +276,11 @@ def test_a05_odd_lengths_with_a_gradient_at_the_end(l, backend):
     """Past the end the scan must be the identity: the gradient of the final state starts there."""
     inputs = make(l=l, d=7, n=5)
     dy = torch.zeros_like(inputs["x"])
-    dfinal = torch.randn(2, 7, 5, generator=generator(0))
+    dfinal = Random(0).randn(2, 7, 5)
     got, eager = (run(inputs, [dy, dfinal], backend=k) for k in (backend, "reference"))
     truth = run(cast(inputs, torch.float64), [dy, dfinal], backend="reference")
     for name in truth:
-        assert_as_accurate_as_eager(name, got[name], eager[name], truth[name])
+        assert_as_accurate_as_eager(name, got[name], eager[name], truth[name], 2.0 * on.slack(backend))
 
 
 @on.slow_interpreted
@@ -611,9 +613,9 @@ LAYOUTS = (torch.Tensor.contiguous, expanded, sliced, transposed, stepped)
 @settings(max_examples=on.examples(30), deadline=None, derandomize=True, database=None)
 def test_strides_change_no_bit(backend, data):
     """Any shape and any strides, inputs and gradients: the result is that of contiguous copies."""
-    shape = {k: data.draw(st.integers(1, high), label=k) for k, high in (("b", 3), ("l", 6), ("d", 9), ("n", 5))}
+    sizes = drawn_sizes(data)
     dtype = exact(backend) if backend == "reference" else data.draw(st.sampled_from(DTYPES))
-    inputs = make(**shape, dtype=dtype, reverse=data.draw(st.booleans()))
+    inputs = make(**sizes, dtype=dtype, reverse=data.draw(st.booleans()))
     laid = {k: data.draw(st.sampled_from(LAYOUTS), label=k)(v) for k, v in tensors(inputs).items()}
     grads = weights((laid["x"], laid["initial_state"]))
     laid_grads = [data.draw(st.sampled_from(LAYOUTS))(w) for w in grads]
