@@ -38,7 +38,7 @@ def _sum_asm(exact: bool) -> str:
     Value v of lane L is element (L / 4, L % 4) of an 8 x 4 matrix; m16n8k8 adds its four columns.  Value 4i + m is sent
     to column 2i + (m >> 1) of the accumulator (the one-hot operand), rows 0-7 for even m and 8-15 for odd m, so one
     accumulator takes all 16 values and lane L is left with four: 4 (L % 4) + {0, 2, 1, 3}, summed over its quad.
-    exact: value = high + low, both exact in tf32.  Otherwise the matrix unit cuts a value to 11 bits.
+    exact: value = high + low, each cut to 11 bits: 22 in all.  Otherwise the matrix unit cuts a value to 11 bits.
     """
     lines = [
         "{.reg .f32 c0, c1, c2, c3, s0, s1, t0, t1; .reg .b32 h0, h1, h2, h3, l0, l1, l2, l3; .reg .pred p, q;",
@@ -365,12 +365,19 @@ def _scan_bwd_kernel(
             k0 = begin + c * CHUNK
             blocks = tl.cdiv(tl.minimum(CHUNK, end - k0), T)
             h = load_states(cs_ptr + ((chunk0 + k0 // CHUNK) * d + offs_d) * N + state, mask_d, NH, NS, half, N, ASM)
-            # (1) states every T tokens; the inputs of the next T are under way
+            # (1) states every T tokens; the inputs of the next 2 T are under way
             q = _state_inputs(
                 x_p, dt_p, m_p, offs_d, k0, end, walk, frames, half, mask_d, T, SX, SDT, MASK, REVERSE, TIME, EVEN, ASM
             )
             rB = load_rows(
                 B_p, m_p, sB_n, k0, end, walk, frames, lane, T, SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM
+            )
+            next_q = _state_inputs(
+                x_p, dt_p, m_p, offs_d, k0 + T, end, walk, frames, half, mask_d, T,
+                SX, SDT, MASK, REVERSE, TIME, EVEN, ASM,
+            )  # fmt: skip
+            next_rB = load_rows(
+                B_p, m_p, sB_n, k0 + T, end, walk, frames, lane, T, SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM
             )
             for s in range(0, blocks - 1):
                 _save(scr, s, h, half, NH, W, ASM)
@@ -384,13 +391,16 @@ def _scan_bwd_kernel(
                 if ASM:
                     warp_sync(lane)
                 kb = k0 + s * T
-                q = _state_inputs(
-                    x_p, dt_p, m_p, offs_d, kb + T, end, walk, frames, half, mask_d, T,
+                q = next_q
+                rB = next_rB
+                next_q = _state_inputs(
+                    x_p, dt_p, m_p, offs_d, kb + 2 * T, end, walk, frames, half, mask_d, T,
                     SX, SDT, MASK, REVERSE, TIME, EVEN, ASM,
                 )  # fmt: skip
-                rB = load_rows(
-                    B_p, m_p, sB_n, kb + T, end, walk, frames, lane, T, SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM
-                )
+                next_rB = load_rows(
+                    B_p, m_p, sB_n, kb + 2 * T, end, walk, frames, lane, T, SB, NH, NS, CONST_B, MASK, REVERSE, TIME,
+                    ASM,
+                )  # fmt: skip
                 for p in tl.static_range(HT):
                     if ASM:
                         dt0, u0, dt1, u1 = get4(both + p * 256)

@@ -18,7 +18,7 @@ STATES = 16  # the walk over many tokens sums at most this many at a time; so do
 WARP_CHANNELS = 8
 # From so many warps of one sequence each (b * d / 8): sequences and warps a program, which change no bit.  Few: the
 # shortest program, spread over the multiprocessors.  Many: sequences share A, D, dt_bias and addresses.
-STEP = ((4096, 4, 4), (0, 1, 1))
+STEP = ((4096, 4, 4), (0, 1, 4))
 
 
 @triton.jit
