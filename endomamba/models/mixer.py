@@ -1,4 +1,4 @@
-"""The Mamba mixers: two projections around one op.
+"""The Mamba mixers: one projection, and one op that ends with another.
 
 Letters: b sequences, l tokens, c channels, d inner channels, n state size, r dt rank, w conv width.
 """
@@ -40,20 +40,18 @@ class CausalMixer(KeepsFp32):
 
     def forward(self, u: Tensor) -> Tensor:
         """u: (b, l, c) -> (b, l, c)."""
-        y, _, _ = mixer_inner(self.in_proj(u), *self.parameters_forward(), backend=self.backend)
-        return self.out_proj(y)
+        return mixer_inner(self.in_proj(u), *self.parameters_forward(), **_out_proj(self))[0]
 
     def step(self, u: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """-> (b, l, c), conv state (b, w - 1, d) and ssm state (b, d, n) after the last token, all differentiable."""
-        y, *after = mixer_inner(
+        return mixer_inner(
             self.in_proj(u),
             *self.parameters_forward(),
             initial_conv_state=conv_state,
             initial_ssm_state=ssm_state,
             return_final_state=True,
-            backend=self.backend,
+            **_out_proj(self),
         )
-        return self.out_proj(y), *after
 
     def step_(self, u: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
         """`step` that overwrites both states; inference only."""
@@ -98,14 +96,18 @@ class BidirectionalMixer(KeepsFp32):
     def forward(self, u: Tensor) -> Tensor:
         """u: (b, l, c) -> (b, l, c)."""
         directions = (*self.parameters_forward(), *self.parameters_backward())
-        y, _, _ = mixer_inner(self.in_proj(u), *directions, backend=self.backend)
-        return self.out_proj(y)
+        return mixer_inner(self.in_proj(u), *directions, **_out_proj(self))[0]
 
 
 def _direction(conv1d: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor) -> tuple[Any, ...]:
     wide = torch.float64 if A_log.dtype == torch.float64 else torch.float32
     A = -torch.exp(A_log.to(wide))
     return conv1d.weight.squeeze(1), conv1d.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, A, D
+
+
+def _out_proj(mixer: CausalMixer | BidirectionalMixer) -> dict[str, Any]:
+    """The op does this projection too, so that its input need not be saved: hooks on the module do not run."""
+    return dict(out_proj_weight=mixer.out_proj.weight, out_proj_bias=mixer.out_proj.bias, backend=mixer.backend)
 
 
 def initial_A_log(d: int, n: int) -> Tensor:

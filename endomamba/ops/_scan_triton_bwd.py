@@ -308,24 +308,26 @@ def _emit(
 @triton.jit(do_not_specialize=["l", "frames", "seqs", "splits", "sm_b"])
 def _scan_bwd_kernel(
     dy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, cs_ptr, dhl_ptr, s_ptr, gB_ptr, gA_ptr, cu_ptr,
-    mask_ptr, dx_ptr, ddt_ptr, dz_ptr, dBC_ptr, dA_ptr, dBc_ptr, dCc_ptr, dD_ptr, dbias_ptr, dh0_ptr, scratch_ptr,
-    scale, l, d, seqs, splits, frames, sdy_b, sx_b, sdt_b, sz_b, sB_b, sC_b, sB_g, sC_g, sB_n, sC_n, sm_b,
+    mask_ptr, dx_ptr, ddt_ptr, dz_ptr, y_ptr, dBC_ptr, dA_ptr, dBc_ptr, dCc_ptr, dD_ptr, dbias_ptr, dh0_ptr,
+    scratch_ptr, scale, l, d, seqs, splits, frames, sdy_b, sx_b, sdt_b, sz_b, sB_b, sC_b, sB_g, sC_g, sB_n, sC_n, sm_b,
     SDY: tl.constexpr, SX: tl.constexpr, SDT: tl.constexpr, SZ: tl.constexpr, SB: tl.constexpr, SC: tl.constexpr,
-    SY: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr, NS: tl.constexpr, VEC: tl.constexpr,
-    CONST_B: tl.constexpr, CONST_C: tl.constexpr, HAS_Z: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_DHL: tl.constexpr, HAS_DH0: tl.constexpr, ADD: tl.constexpr, PARK: tl.constexpr, ADD_G: tl.constexpr,
-    PARK_G: tl.constexpr, PACKED: tl.constexpr, MASK: tl.constexpr, REVERSE: tl.constexpr, TIME: tl.constexpr,
+    SY: tl.constexpr, SDZ: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr, NS: tl.constexpr,
+    VEC: tl.constexpr, CONST_B: tl.constexpr, CONST_C: tl.constexpr, HAS_Z: tl.constexpr, OUT: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DHL: tl.constexpr, HAS_DH0: tl.constexpr, ADD: tl.constexpr,
+    PARK: tl.constexpr, ADD_G: tl.constexpr, PARK_G: tl.constexpr, PACKED: tl.constexpr, MASK: tl.constexpr, REVERSE: tl.constexpr, TIME: tl.constexpr,
     SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, LS: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
     KEEP: tl.constexpr, SHARED: tl.constexpr, ASM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     # Grid (P * g * cdiv(d / g, 16 W),): a program owns 16 W channels and every P-th sequence (LS > 0: piece of LS
     #   tokens), so dA, dD, ddt_bias stay in registers over all of them; lanes as in _triton_scan.
     # A chunk of 64 tokens, last first: (1) from its saved state, the states every T tokens, to a scratch that stays in
-    #   L2; then, T tokens at a time, (2) forward: the states of every token to shared memory, y for dz, h ds for dC;
+    #   L2; then, T tokens at a time, (2) forward: the states of every token to shared memory, y for dz, h ds for dC,
+    #   OUT: the gated y itself;
     #   (3) backward: dh, and with it everything else.
     # Sums over channels (dB, dC): one tf32 matrix product with ones a pair, the program's warps added in a fixed order,
     #   one fp32 row a program and pair of tokens to global memory; a second kernel adds the rows.
-    # Traffic: x, dt twice, z, dy once, dx, ddt, dz written: 9 * b*l*d elements; 128 bytes a token and program for sums.
+    # Traffic: x, dt twice, z, dy once, dx, ddt, dz written: 9 * b*l*d elements, OUT 10; 128 bytes a token and program
+    #   for sums.
     # Numerics: fp32; in a fp32 call the sums split values in two, else products are cut to 11 bits, without bias.
     # Bound: issue slots.
     NH: tl.constexpr = (NS + 1) // 2
@@ -401,6 +403,7 @@ def _scan_bwd_kernel(
         z_p = (z_ptr + base * sz_b + before * SZ + offs_d) if HAS_Z else x_p
         dy_p = dy_ptr + base * sdy_b + before * SDY + offs_d
         row = base * walk * SY + before * SY + offs_d
+        row_dz = (base * walk + before) * SDZ + offs_d
         s_p = (s_ptr + row) if ADD or PARK else x_p
         m_p = (mask_ptr + base * sm_b + before) if MASK else x_ptr
         if VEC > 0:
@@ -498,7 +501,11 @@ def _scan_bwd_kernel(
                         sig = sigmoid(z, ASM)
                         if not PARK:
                             dz = ds * y * sig * (1.0 + z * (1.0 - sig))
-                            tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=mask_d & live)
+                            to = row_dz + offset(tl.minimum(k + half, end - 1), walk, frames, SDZ, REVERSE, TIME)
+                            tl.store(dz_ptr + to, dz.to(dz_ptr.dtype.element_ty), mask=mask_d & live)
+                            if OUT:
+                                y *= scale * z * sig
+                                tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask_d & live)
                         ds *= z * sig
                     ds0, ds1 = to_both(ds, lane, ASM)
                     if CONST_C:

@@ -1,4 +1,4 @@
-"""The public mixer_inner: everything of a Mamba mixer between its two large projections, as one autograd op."""
+"""The public mixer_inner: everything of a Mamba mixer after its first projection, as one autograd op."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ def mixer_inner(
     A_b: Tensor | None = None,
     D_b: Tensor | None = None,
     *,
+    out_proj_weight: Tensor | None = None,
+    out_proj_bias: Tensor | None = None,
     initial_conv_state: Tensor | None = None,
     initial_ssm_state: Tensor | None = None,
     return_final_state: bool = False,
@@ -50,24 +52,28 @@ def mixer_inner(
     plan: str = "auto",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """From in_proj's output to out_proj's input; causal, or both ways if the second set of parameters (_b) is given.
+    """From in_proj's output to out_proj's input or output; causal, or both ways if the second set of parameters is given.
 
         x, z      = xz
         u         = silu(conv(x))
         dt, B, C  = u @ x_proj_weight.T            (r + n + n columns), dt @ dt_proj_weight.T
         y         = scan(u, softplus(dt + dt_bias), A, B, C, D) * silu(z)
+        out       = y @ out_proj_weight.T + out_proj_bias     (where given)
 
     Both ways (as in Vim): y = scale * (scan + reverse scan_b) * silu(z), each direction with its own u, dt, B, C.
 
     xz: (b, l, 2d), x first  conv_weight: (d, w)  conv_bias, dt_bias, D: (d,)
     x_proj_weight: (r + 2n, d)  dt_proj_weight: (d, r)  A: (d, n), negative
     initial_conv_state: (b, w - 1, d), newest last  initial_ssm_state: (b, d, n); causal only, both fp32
-    -> y (b, l, d) in the dtype of xz, final conv state and final ssm state (None unless return_final_state).
+    out_proj_weight: (c, d)  out_proj_bias: (c,)
+    -> out (b, l, c), or without out_proj_weight y (b, l, d), in the dtype of xz, final conv state and final ssm state
+    (None unless return_final_state).
 
     reverse, order, frames, cu_seqlens, max_seqlen, plan, backend: as in `selective_scan`.
 
     The projections run in the dtype of xz (under autocast: the autocast dtype), conv, softplus, scan, states in fp32.
-    Saved for backward: the arguments and one state per 64 tokens; conv, projections and softplus are computed again.
+    Saved for backward: the arguments and one state per 64 tokens; conv, projections, softplus and y are computed again.
+    y is what a projection of its own would save; with out_proj_weight nobody does.
     Gradients for every tensor, states included; no double backward.
     """
     op = "mixer_inner"
@@ -97,8 +103,15 @@ def mixer_inner(
             raise ValueError(f"{op}: reverse=True has no meaning both ways")
     elif scale != 1.0:
         raise ValueError(f"{op}: scale={scale} weighs the sum of two directions, the causal form has none")
-    check_device(op, xz.device, cu_seqlens=cu_seqlens)
+    check_device(op, xz.device, cu_seqlens=cu_seqlens, out_proj_weight=out_proj_weight, out_proj_bias=out_proj_bias)
     d = xz.shape[2] // 2
+    if out_proj_weight is None and out_proj_bias is not None:
+        raise ValueError(f"{op}: out_proj_bias needs out_proj_weight too")
+    if out_proj_weight is not None:
+        if out_proj_weight.ndim != 2 or out_proj_weight.shape[1] != d:
+            raise ValueError(f"{op}: out_proj_weight must be (c, d) with d = {d}, got {tuple(out_proj_weight.shape)}")
+        if out_proj_bias is not None:
+            check_shape(op, "out_proj_bias", out_proj_bias, out_proj_weight.shape[:1], "(c,) = ")
     for name, state, shape in zip(_STATES, states, ((sequences, w - 1, d), (sequences, d, n)), strict=True):
         if state is not None:
             check_shape(op, name, state, shape, "(sequences, w - 1, d) or (sequences, d, n) = ")
@@ -112,13 +125,13 @@ def mixer_inner(
     tensors = (
         xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_bias, A, D,
         conv_weight_b, conv_bias_b, x_proj_weight_b, dt_proj_weight_b, dt_bias_b, A_b, D_b,
-        initial_conv_state, initial_ssm_state,
+        initial_conv_state, initial_ssm_state, out_proj_weight, out_proj_bias,
     )  # fmt: skip
-    y, conv_state, ssm_state, *_ = mixer_inner_op(
+    out, conv_state, ssm_state, *_ = mixer_inner_op(
         *tensors, cu_seqlens, scale, reverse, walk, max_seqlen or 0, return_final_state,
         needs_grad(*tensors), effective_plan(plan), backend,
     )  # fmt: skip
-    return (y, conv_state, ssm_state) if return_final_state else (y, None, None)
+    return (out, conv_state, ssm_state) if return_final_state else (out, None, None)
 
 
 _STATES = ("initial_conv_state", "initial_ssm_state")

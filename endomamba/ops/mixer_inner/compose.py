@@ -1,6 +1,7 @@
 """mixer_inner from the conv and scan kernels of one back end, forward and its backward by hand.
 
-Letters: b sequences, l tokens, d channels, n state size, r dt rank, w conv width.  u is the convolved input.
+Letters: b sequences, l tokens, d channels, n state size, r dt rank, w conv width, c channels of the model.
+u is the convolved input, y the gated sum of the scans.
 """
 
 from __future__ import annotations
@@ -25,6 +26,16 @@ class Side(NamedTuple):
     dt_bias: Tensor | None
     A: Tensor
     D: Tensor | None
+
+
+class OutProj(NamedTuple):
+    """The projection of y, (c, d) and (c,); without a weight y itself is the output."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+NO_OUT_PROJ = OutProj(None, None)
 
 
 class Walk(NamedTuple):
@@ -78,8 +89,9 @@ def fwd(
     scale: float,
     return_final_state: bool,
     save_states: bool,
+    out_proj: OutProj = NO_OUT_PROJ,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> y, final conv state, final ssm state, chunk states of both directions; empty where not asked for."""
+    """-> out, final conv state, final ssm state, chunk states of both directions; empty where not asked for."""
     x, z = xz.chunk(2, dim=-1)
     if side_b is None:
         u, conv_state = _conv(backend, x, side, initial_conv_state, walk, return_final_state)
@@ -88,7 +100,7 @@ def fwd(
             u, dt, side.A, B, C, side.D, z, side.dt_bias, initial_ssm_state, walk.cu_seqlens, None,
             True, walk.reverse, walk.frames, walk.max_seqlen, return_final_state, save_states, False, walk.plan,
         )  # fmt: skip
-        return y, conv_state, ssm_state, chunks, empty(xz, dtype=chunks.dtype)
+        return _project_out(y, out_proj), conv_state, ssm_state, chunks, empty(xz, dtype=chunks.dtype)
     u, u_b = _conv_both(backend, x, side, side_b, walk)
     dt, B, C, _ = project(u, side)
     dt_b, B_b, C_b, _ = project(u_b, side_b)
@@ -97,12 +109,13 @@ def fwd(
         None, None, walk.cu_seqlens, None,
         scale, True, walk.frames, walk.max_seqlen, False, save_states, False, walk.plan,
     )  # fmt: skip
-    return y, empty(xz, dtype=chunks.dtype), empty(xz, dtype=chunks.dtype), chunks, chunks_b
+    absent = (empty(xz, dtype=chunks.dtype) for _ in range(2))
+    return _project_out(y, out_proj), *absent, chunks, chunks_b
 
 
 def bwd(
     backend: str,
-    dy: Tensor | None,
+    dout: Tensor | None,
     dconv_state: Tensor | None,
     dssm_state: Tensor | None,
     xz: Tensor,
@@ -114,46 +127,81 @@ def bwd(
     chunks_b: Tensor,
     walk: Walk,
     scale: float,
-) -> tuple[Tensor, Side, Side | None, Tensor, Tensor]:
-    """-> dxz, the gradients of both sides, dinitial_conv_state, dinitial_ssm_state; empty for absent inputs."""
+    out_proj: OutProj,
+) -> tuple[Tensor, Side, Side | None, Tensor, Tensor, OutProj]:
+    """-> dxz, the gradients of both sides, dinitial_conv_state, dinitial_ssm_state, those of out_proj; empty for absent
+    inputs.
+    """
     x, z = xz.chunk(2, dim=-1)
+    dxz = empty(xz, *xz.shape, dtype=xz.dtype)
+    dx, dz = dxz.chunk(2, dim=-1)
+    dy, y = _gradient_of_y(dout, x, out_proj)
     if side_b is None:
         u, _ = _conv(backend, x, side, initial_conv_state, walk, False)
         projected = project(u, side)
-        du, ddt, dA, dB, dC, dD, dz, ddt_bias, dssm = TABLES["selective_scan"][backend].bwd(
+        du, ddt, dA, dB, dC, dD, _, ddt_bias, dssm = TABLES["selective_scan"][backend].bwd(
             dy, dssm_state, u, *projected[:1], side.A, *projected[1:3], side.D, z, side.dt_bias, initial_ssm_state,
             walk.cu_seqlens, None, chunks, True, walk.reverse, walk.frames, walk.max_seqlen, walk.plan,
+            dz, y,
         )  # fmt: skip
         du, dx_proj, ddt_proj = project_backward(u, side, projected, du, ddt, dB, dC)
-        dx, dweight, dbias, dconv = TABLES["causal_conv1d"][backend].bwd(
+        _, dweight, dbias, dconv = TABLES["causal_conv1d"][backend].bwd(
             du, dconv_state, x, side.conv_weight, side.conv_bias, initial_conv_state,
-            walk.cu_seqlens, True, walk.reverse, walk.frames,
+            walk.cu_seqlens, True, walk.reverse, walk.frames, dx,
         )  # fmt: skip
-        return torch.cat((dx, dz), -1), Side(dweight, dbias, dx_proj, ddt_proj, ddt_bias, dA, dD), None, dconv, dssm
+        dside = Side(dweight, dbias, dx_proj, ddt_proj, ddt_bias, dA, dD)
+        return dxz, dside, None, dconv, dssm, _project_out_backward(dout, y, xz, out_proj)
     u, u_b = _conv_both(backend, x, side, side_b, walk)
     projected, projected_b = project(u, side), project(u_b, side_b)
     dt, B, C, _ = projected
     dt_b, B_b, C_b, _ = projected_b
     (
-        du, ddt, dA, dB, dC, du_b, ddt_b, dA_b, dB_b, dC_b, dD, dD_b, dz, ddt_bias, ddt_bias_b, *_,
+        du, ddt, dA, dB, dC, du_b, ddt_b, dA_b, dB_b, dC_b, dD, dD_b, _, ddt_bias, ddt_bias_b, *_,
     ) = TABLES["bidirectional_scan"][backend].bwd(
         dy, None, None, u, dt, side.A, B, C, u_b, dt_b, side_b.A, B_b, C_b, side.D, side_b.D, z,
         side.dt_bias, side_b.dt_bias, None, None, walk.cu_seqlens, None, chunks, chunks_b,
-        scale, True, walk.frames, walk.max_seqlen, walk.plan,
+        scale, True, walk.frames, walk.max_seqlen, walk.plan, dz, y,
     )  # fmt: skip
     du, dx_proj, ddt_proj = project_backward(u, side, projected, du, ddt, dB, dC)
     du_b, dx_proj_b, ddt_proj_b = project_backward(u_b, side_b, projected_b, du_b, ddt_b, dB_b, dC_b)
-    dx, dweight, dbias, dweight_b, dbias_b = TABLES["bidirectional_conv1d"][backend].bwd(
+    _, dweight, dbias, dweight_b, dbias_b = TABLES["bidirectional_conv1d"][backend].bwd(
         du, du_b, x, side.conv_weight, side.conv_bias,
-        side_b.conv_weight, side_b.conv_bias, walk.cu_seqlens, True, walk.frames,
+        side_b.conv_weight, side_b.conv_bias, walk.cu_seqlens, True, walk.frames, dx,
     )  # fmt: skip
     absent = (empty(xz, dtype=dA.dtype) for _ in range(2))
     return (
-        torch.cat((dx, dz), -1),
+        dxz,
         Side(dweight, dbias, dx_proj, ddt_proj, ddt_bias, dA, dD),
         Side(dweight_b, dbias_b, dx_proj_b, ddt_proj_b, ddt_bias_b, dA_b, dD_b),
         *absent,
+        _project_out_backward(dout, y, xz, out_proj),
     )
+
+
+def _project_out(y: Tensor, out_proj: OutProj) -> Tensor:
+    if out_proj.weight is None:
+        return y
+    return F.linear(y, out_proj.weight.to(y.dtype), None if out_proj.bias is None else out_proj.bias.to(y.dtype))
+
+
+def _gradient_of_y(dout: Tensor | None, x: Tensor, out_proj: OutProj) -> tuple[Tensor | None, Tensor | None]:
+    """-> dy, and where dout_proj needs y the memory that the backward of the scan writes it to again."""
+    if out_proj.weight is None or dout is None:
+        return dout, None
+    return dout @ out_proj.weight.to(dout.dtype), empty(x, *x.shape, dtype=x.dtype)
+
+
+def _project_out_backward(dout: Tensor | None, y: Tensor | None, xz: Tensor, out_proj: OutProj) -> OutProj:
+    """The gradients, in the dtypes of weight and bias."""
+    weight, bias = out_proj
+    absent = (empty(xz, dtype=torch.float32) for _ in range(2))
+    if weight is None:
+        return OutProj(*absent)
+    if dout is None:
+        return OutProj(torch.zeros_like(weight), next(absent) if bias is None else torch.zeros_like(bias))
+    rows = dout.flatten(0, 1)
+    dweight = (rows.mT @ y.flatten(0, 1)).to(weight.dtype)
+    return OutProj(dweight, next(absent) if bias is None else rows.sum(0, dtype=bias.dtype))
 
 
 def _conv(
