@@ -52,7 +52,7 @@ def mixer_inner(
     plan: str = "auto",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """From in_proj's output to out_proj's input or output; causal, or both ways if the second set of parameters is given.
+    """From in_proj's output to out_proj's input or output; causal, or both ways if a second set (_b) is given.
 
         x, z      = xz
         u         = silu(conv(x))
