@@ -543,7 +543,17 @@ def aot_cases() -> list[AotCase]:
     options = dict(scale=1.0, dt_softplus=True, max_seqlen=0)
 
     def case(
-        name: str, dtype=torch.bfloat16, l=49, b=768, n=16, sides=1, z=True, state=False, quick="", **more
+        name: str,
+        dtype=torch.bfloat16,
+        l=49,
+        b=768,
+        n=16,
+        sides=1,
+        z=True,
+        state=False,
+        mixer=False,
+        quick="",
+        **more,
     ) -> None:
         d, r = 768, 24
         flags = options | {"frames": 0, "plan": "auto"} | more
@@ -556,8 +566,9 @@ def aot_cases() -> list[AotCase]:
         forward = partial(scan_fwd, return_final_state=state, save_states=True, out_fp32=False, **flags)
         chunks = tuple(meta(*chunk_states_shape(x, walks[0].A, None)) for _ in walks)
         finals = tuple(start for _ in walks)
-        backward = partial(scan_bwd, **flags)
-        cases.append(AotCase(f"fwd-{name}", forward, (walks, gate, None, None), "fwd" not in quick))
+        backward = partial(scan_bwd, **(dict(dz=gate, y=x) if mixer else {}), **flags)
+        if not mixer:
+            cases.append(AotCase(f"fwd-{name}", forward, (walks, gate, None, None), "fwd" not in quick))
         cases.append(AotCase(f"bwd-{name}", backward, (x, finals, walks, gate, None, None, chunks), "bwd" not in quick))
 
     case("bf16")
@@ -568,6 +579,9 @@ def aot_cases() -> list[AotCase]:
     case("split-bf16", b=1, l=3152, state=True, quick="fwd bwd")
     case("apart-bf16", sides=2, b=16, l=197, quick="fwd")
     case("plain-bf16", z=False)
+    case("mixer-bf16", mixer=True)
+    case("both-mixer-bf16", sides=2, mixer=True)
+    case("apart-mixer-bf16", sides=2, b=16, l=197, mixer=True)
     case("n8-bf16", n=8)
     case("n3-fp32", n=3, dtype=torch.float32)
     case("n64-bf16", n=64)
