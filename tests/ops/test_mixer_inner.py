@@ -258,6 +258,34 @@ def test_gradcheck_out_proj(both, bias):
         )
 
 
+@pytest.mark.parametrize("both", [False, True], ids=["causal", "bidirectional"])
+def test_gradcheck_in_proj(both):
+    """From the input of in_proj to the output of out_proj."""
+    p, p_b = parameters(3, 2, 1, w=3), parameters(3, 2, 1, w=3, seed=5) if both else []
+    hidden = inputs(2, 4, 1, 2)[0]  # two channels
+    names = ("out_proj_weight", "out_proj_bias", "in_proj_weight", "in_proj_bias")
+    t = leaves([hidden, *p, *p_b, *out_projection(2, 3), *out_projection(6, 2, seed=8)], torch.float64)
+    assert torch.autograd.gradcheck(lambda *t: mixer_inner(*t[:-4], **dict(zip(names, t[-4:], strict=True)))[0], t)
+
+
+@backends
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("bias", on.few([True, False], True))
+def test_in_proj_equals_a_linear_before_it(bias, half, backend):
+    c, d = 6, 12
+    hidden = torch.randn(2, 9, c, generator=generator(3))
+    in_proj = out_projection(2 * d, c, seed=8)[: 2 if bias else 1]
+    t = leaves([hidden, *parameters(d, 4, 2), *out_projection(c, d)[:1], *in_proj])
+    with torch.autocast(on.DEVICE, on.DTYPES[HALF], enabled=half):
+        inside = mixer_inner(
+            *t[:8], out_proj_weight=t[8], in_proj_weight=t[9], in_proj_bias=t[10] if bias else None, backend=backend
+        )[0]
+        outside = mixer_inner(F.linear(t[0], *t[9:]), *t[1:8], out_proj_weight=t[8], backend=backend)[0]
+    assert inside.shape == hidden.shape and torch.equal(inside, outside)
+    for got, want in zip(gradients([inside], t), gradients([outside], t), strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-2 if half else 1e-5, atol=2e-2 if half else 1e-5)
+
+
 @backends
 @pytest.mark.parametrize("wanted", on.few(["xz", "weight", "bias", "state", "not out"], "weight", "not out"))
 def test_out_proj_when_few_gradients_are_wanted(wanted, backend):
@@ -287,29 +315,34 @@ def test_out_proj_when_few_gradients_are_wanted(wanted, backend):
 
 
 @backends
-@pytest.mark.parametrize("both", [False, True], ids=["causal", "bidirectional"])
-def test_y_is_not_saved_for_backward(both, backend):
-    b, l, d, n = 2, 9, 8, 4
+@pytest.mark.parametrize("form", ["in_proj", "both-in_proj", "out_proj", "both-out_proj"])
+def test_backward_keeps_the_arguments_and_chunk_states(form, backend):
+    """Neither xz nor y are saved where their projections are the op's."""
+    b, l, d, n, c = 2, 9, 8, 4, 5
+    both, first = form.startswith("both"), form.endswith("in_proj")
     p, p_b = parameters(d, n, 2), parameters(d, n, 2, seed=5) if both else []
-    tensors = [inputs(b, l, d, n)[0], *p, *p_b, *out_projection(5, d)]
+    hidden = torch.randn(b, l, c if first else 2 * d, generator=generator(3))
+    tensors = [hidden, *p, *p_b, *out_projection(c, d), *out_projection(2 * d, c, seed=8)]
 
-    def saved(fused):
-        seen = []
-        t = leaves(tensors)
+    def saved(inside):
+        seen, t = [], leaves(tensors)
+        inner, out_proj, in_proj = t[1:-4], t[-4:-2], t[-2:]
         with torch.autograd.graph.saved_tensors_hooks(lambda x: (seen.append(x.detach()), x)[1], lambda x: x):
-            if fused:
-                mixer_inner(*t[:-2], out_proj_weight=t[-2], out_proj_bias=t[-1], backend=backend)
+            if inside:
+                given = dict(out_proj_weight=out_proj[0], out_proj_bias=out_proj[1])
+                given |= dict(in_proj_weight=in_proj[0], in_proj_bias=in_proj[1]) if first else {}
+                mixer_inner(t[0], *inner, **given, backend=backend)
             else:
-                F.linear(mixer_inner(*t[:-2], backend=backend)[0], *t[-2:])
-        y = mixer_inner(*tensors[:-2], backend=backend)[0]
-        fresh = [x for x in seen if not any(x.data_ptr() == a.data_ptr() for a in t)]
-        return any(x.numel() == y.numel() and torch.equal(x.flatten(), y.flatten()) for x in seen), fresh
+                xz = F.linear(t[0], *in_proj) if first else t[0]
+                F.linear(mixer_inner(xz, *inner, backend=backend)[0], *out_proj)
+        arguments = {x.data_ptr() for x in t}
+        return sorted(tuple(x.shape) for x in seen if x.numel() and x.data_ptr() not in arguments)
 
-    assert saved(False)[0], "the search does not find y where it is: this test shows nothing"
-    found, fresh = saved(True)
-    assert not found
-    chunks = [x for x in fresh if x.numel()]
-    assert [x.shape for x in chunks] == [(b, 1, d, n)] * (2 if both else 1), "saved: arguments and chunk states"
+    chunks = [(b, 1, d, n)] * (2 if both else 1)
+    projections = [(b, l, d)] + [(b, l, 2 * d)] * first
+    found = saved(False)
+    assert len(found) == len(chunks) + len(projections), found  # else the search finds nothing and shows nothing
+    assert saved(True) == chunks
 
 
 @backends
@@ -463,6 +496,7 @@ FORMS = {
     "packed": dict(packed=True, states=True),
     "out_proj": dict(states=True, out_proj=2),
     "both-out_proj": dict(both=True, out_proj=1),
+    "both-in_proj": dict(both=True, out_proj=1, in_proj=2),
 }
 
 
@@ -479,6 +513,9 @@ def test_opcheck(form, save_states, backend):
     tensors = [xz, *p, *(p_b if options.get("both") else [None] * 7)]
     tensors += [conv_state, ssm_state] if options.get("states") else [None, None]
     tensors += [*out_projection(5, 6)[: options.get("out_proj", 0)], None, None][:2]
+    tensors += [*out_projection(12, 5)[: options.get("in_proj", 0)], None, None][:2]
+    if options.get("in_proj"):
+        tensors[0] = inputs(2, 7, 3, 4)[0][..., :5].contiguous()
     if save_states:
         tensors = [None if t is None else t.requires_grad_() for t in tensors]
     cu = torch.tensor([0, 3, 3, 7]) if options.get("packed") else None
@@ -551,6 +588,9 @@ def test_flops_of_out_proj():
 
     plain, fused = count(), count(out_proj_weight=weight, out_proj_bias=bias)
     assert (fused[0] - plain[0], fused[1] - plain[1]) == (matrix, 2 * matrix + again)
+    first = 2 * b * l * 2 * d * 2 * d  # xz stands for its own input: as many channels
+    both = count(out_proj_weight=weight, in_proj_weight=torch.zeros(2 * d, 2 * d))
+    assert (both[0] - fused[0], both[1] - fused[1]) == (first, 3 * first)
 
 
 @pytest.mark.parametrize(
@@ -566,6 +606,7 @@ def test_flops_of_out_proj():
         (dict(scale=0.5), "scale=0.5 weighs the sum of two directions"),
         (dict(conv_weight_b=torch.zeros(8, 4)), "needs x_proj_weight_b, A_b, dt_proj_weight_b too"),
         (dict(out_proj_weight=torch.zeros(5, 7)), r"out_proj_weight must be \(c, d\) with d = 8, got \(5, 7\)"),
+        (dict(in_proj_weight=torch.zeros(16, 15)), r"in_proj_weight must be \(2d, c\) with c = 16, got \(16, 15\)"),
         (dict(out_proj_bias=torch.zeros(5)), "out_proj_bias needs out_proj_weight too"),
         (dict(out_proj_weight=torch.zeros(5, 8), out_proj_bias=torch.zeros(4)), r"out_proj_bias must have shape"),
         (dict(backend="gpu"), "backend must be 'auto' or one of"),

@@ -28,14 +28,14 @@ class Side(NamedTuple):
     D: Tensor | None
 
 
-class OutProj(NamedTuple):
-    """The projection of y, (c, d) and (c,); without a weight y itself is the output."""
+class Linear(NamedTuple):
+    """in_proj, (2d, c) and (2d,), or out_proj, (c, d) and (c,); without a weight it does nothing."""
 
     weight: Tensor | None
     bias: Tensor | None
 
 
-NO_OUT_PROJ = OutProj(None, None)
+IDENTITY = Linear(None, None)
 
 
 class Walk(NamedTuple):
@@ -89,10 +89,14 @@ def fwd(
     scale: float,
     return_final_state: bool,
     save_states: bool,
-    out_proj: OutProj = NO_OUT_PROJ,
+    out_proj: Linear = IDENTITY,
+    in_proj: Linear = IDENTITY,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> out, final conv state, final ssm state, chunk states of both directions; empty where not asked for."""
-    x, z = xz.chunk(2, dim=-1)
+    """-> out, final conv state, final ssm state, chunk states of both directions; empty where not asked for.
+
+    xz is the input of in_proj where that is given.
+    """
+    x, z = _linear(xz, in_proj).chunk(2, dim=-1)
     if side_b is None:
         u, conv_state = _conv(backend, x, side, initial_conv_state, walk, return_final_state)
         dt, B, C, _ = project(u, side)
@@ -100,7 +104,7 @@ def fwd(
             u, dt, side.A, B, C, side.D, z, side.dt_bias, initial_ssm_state, walk.cu_seqlens, None,
             True, walk.reverse, walk.frames, walk.max_seqlen, return_final_state, save_states, False, walk.plan,
         )  # fmt: skip
-        return _project_out(y, out_proj), conv_state, ssm_state, chunks, empty(xz, dtype=chunks.dtype)
+        return _linear(y, out_proj), conv_state, ssm_state, chunks, empty(xz, dtype=chunks.dtype)
     u, u_b = _conv_both(backend, x, side, side_b, walk)
     dt, B, C, _ = project(u, side)
     dt_b, B_b, C_b, _ = project(u_b, side_b)
@@ -110,7 +114,7 @@ def fwd(
         scale, True, walk.frames, walk.max_seqlen, False, save_states, False, walk.plan,
     )  # fmt: skip
     absent = (empty(xz, dtype=chunks.dtype) for _ in range(2))
-    return _project_out(y, out_proj), *absent, chunks, chunks_b
+    return _linear(y, out_proj), *absent, chunks, chunks_b
 
 
 def bwd(
@@ -127,15 +131,18 @@ def bwd(
     chunks_b: Tensor,
     walk: Walk,
     scale: float,
-    out_proj: OutProj,
-) -> tuple[Tensor, Side, Side | None, Tensor, Tensor, OutProj]:
-    """-> dxz, the gradients of both sides, dinitial_conv_state, dinitial_ssm_state, those of out_proj; empty for absent
-    inputs.
+    out_proj: Linear,
+    in_proj: Linear,
+) -> tuple[Tensor, Side, Side | None, Tensor, Tensor, Linear, Linear]:
+    """-> dxz, the gradients of both sides, dinitial_conv_state, dinitial_ssm_state, those of out_proj and in_proj; empty
+    for absent inputs.
     """
-    x, z = xz.chunk(2, dim=-1)
+    hidden, xz = xz, _linear(xz, in_proj)
     dxz = empty(xz, *xz.shape, dtype=xz.dtype)
+    x, z = xz.chunk(2, dim=-1)
     dx, dz = dxz.chunk(2, dim=-1)
-    dy, y = _gradient_of_y(dout, x, out_proj)
+    dy = _linear_dx(dout, out_proj)
+    y = None if dout is None or out_proj.weight is None else empty(x, *x.shape, dtype=x.dtype)
     if side_b is None:
         u, _ = _conv(backend, x, side, initial_conv_state, walk, False)
         projected = project(u, side)
@@ -150,58 +157,52 @@ def bwd(
             walk.cu_seqlens, True, walk.reverse, walk.frames, dx,
         )  # fmt: skip
         dside = Side(dweight, dbias, dx_proj, ddt_proj, ddt_bias, dA, dD)
-        return dxz, dside, None, dconv, dssm, _project_out_backward(dout, y, xz, out_proj)
-    u, u_b = _conv_both(backend, x, side, side_b, walk)
-    projected, projected_b = project(u, side), project(u_b, side_b)
-    dt, B, C, _ = projected
-    dt_b, B_b, C_b, _ = projected_b
-    (
-        du, ddt, dA, dB, dC, du_b, ddt_b, dA_b, dB_b, dC_b, dD, dD_b, _, ddt_bias, ddt_bias_b, *_,
-    ) = TABLES["bidirectional_scan"][backend].bwd(
-        dy, None, None, u, dt, side.A, B, C, u_b, dt_b, side_b.A, B_b, C_b, side.D, side_b.D, z,
-        side.dt_bias, side_b.dt_bias, None, None, walk.cu_seqlens, None, chunks, chunks_b,
-        scale, True, walk.frames, walk.max_seqlen, walk.plan, dz, y,
-    )  # fmt: skip
-    du, dx_proj, ddt_proj = project_backward(u, side, projected, du, ddt, dB, dC)
-    du_b, dx_proj_b, ddt_proj_b = project_backward(u_b, side_b, projected_b, du_b, ddt_b, dB_b, dC_b)
-    _, dweight, dbias, dweight_b, dbias_b = TABLES["bidirectional_conv1d"][backend].bwd(
-        du, du_b, x, side.conv_weight, side.conv_bias,
-        side_b.conv_weight, side_b.conv_bias, walk.cu_seqlens, True, walk.frames, dx,
-    )  # fmt: skip
-    absent = (empty(xz, dtype=dA.dtype) for _ in range(2))
-    return (
-        dxz,
-        Side(dweight, dbias, dx_proj, ddt_proj, ddt_bias, dA, dD),
-        Side(dweight_b, dbias_b, dx_proj_b, ddt_proj_b, ddt_bias_b, dA_b, dD_b),
-        *absent,
-        _project_out_backward(dout, y, xz, out_proj),
-    )
+        dside_b = None
+    else:
+        u, u_b = _conv_both(backend, x, side, side_b, walk)
+        projected, projected_b = project(u, side), project(u_b, side_b)
+        dt, B, C, _ = projected
+        dt_b, B_b, C_b, _ = projected_b
+        (
+            du, ddt, dA, dB, dC, du_b, ddt_b, dA_b, dB_b, dC_b, dD, dD_b, _, ddt_bias, ddt_bias_b, *_,
+        ) = TABLES["bidirectional_scan"][backend].bwd(
+            dy, None, None, u, dt, side.A, B, C, u_b, dt_b, side_b.A, B_b, C_b, side.D, side_b.D, z,
+            side.dt_bias, side_b.dt_bias, None, None, walk.cu_seqlens, None, chunks, chunks_b,
+            scale, True, walk.frames, walk.max_seqlen, walk.plan, dz, y,
+        )  # fmt: skip
+        du, dx_proj, ddt_proj = project_backward(u, side, projected, du, ddt, dB, dC)
+        du_b, dx_proj_b, ddt_proj_b = project_backward(u_b, side_b, projected_b, du_b, ddt_b, dB_b, dC_b)
+        _, dweight, dbias, dweight_b, dbias_b = TABLES["bidirectional_conv1d"][backend].bwd(
+            du, du_b, x, side.conv_weight, side.conv_bias,
+            side_b.conv_weight, side_b.conv_bias, walk.cu_seqlens, True, walk.frames, dx,
+        )  # fmt: skip
+        dside = Side(dweight, dbias, dx_proj, ddt_proj, ddt_bias, dA, dD)
+        dside_b = Side(dweight_b, dbias_b, dx_proj_b, ddt_proj_b, ddt_bias_b, dA_b, dD_b)
+        dconv, dssm = (empty(xz, dtype=dA.dtype) for _ in range(2))
+    dout_proj = _linear_dweight(xz, dout, y, out_proj)
+    din_proj = _linear_dweight(xz, dxz, hidden, in_proj)
+    return _linear_dx(dxz, in_proj), dside, dside_b, dconv, dssm, dout_proj, din_proj
 
 
-def _project_out(y: Tensor, out_proj: OutProj) -> Tensor:
-    if out_proj.weight is None:
-        return y
-    return F.linear(y, out_proj.weight.to(y.dtype), None if out_proj.bias is None else out_proj.bias.to(y.dtype))
+def _linear(x: Tensor, by: Linear) -> Tensor:
+    """In the dtype of x."""
+    if by.weight is None:
+        return x
+    return F.linear(x, by.weight.to(x.dtype), None if by.bias is None else by.bias.to(x.dtype))
 
 
-def _gradient_of_y(dout: Tensor | None, x: Tensor, out_proj: OutProj) -> tuple[Tensor | None, Tensor | None]:
-    """-> dy, and where dout_proj needs y the memory that the backward of the scan writes it to again."""
-    if out_proj.weight is None or dout is None:
-        return dout, None
-    return dout @ out_proj.weight.to(dout.dtype), empty(x, *x.shape, dtype=x.dtype)
+def _linear_dx(dout: Tensor | None, by: Linear) -> Tensor | None:
+    return dout if by.weight is None or dout is None else dout @ by.weight.to(dout.dtype)
 
 
-def _project_out_backward(dout: Tensor | None, y: Tensor | None, xz: Tensor, out_proj: OutProj) -> OutProj:
-    """The gradients, in the dtypes of weight and bias."""
-    weight, bias = out_proj
-    absent = (empty(xz, dtype=torch.float32) for _ in range(2))
-    if weight is None:
-        return OutProj(*absent)
-    if dout is None:
-        return OutProj(torch.zeros_like(weight), next(absent) if bias is None else torch.zeros_like(bias))
+def _linear_dweight(beside: Tensor, dout: Tensor | None, x: Tensor | None, by: Linear) -> Linear:
+    """The gradients, in the dtypes of weight and bias; empty where those are absent."""
+    if by.weight is None or dout is None:
+        return Linear(*(empty(beside, dtype=torch.float32) if t is None else torch.zeros_like(t) for t in by))
     rows = dout.flatten(0, 1)
-    dweight = (rows.mT @ y.flatten(0, 1)).to(weight.dtype)
-    return OutProj(dweight, next(absent) if bias is None else rows.sum(0, dtype=bias.dtype))
+    dweight = (rows.mT @ x.flatten(0, 1)).to(by.weight.dtype)
+    dbias = empty(beside, dtype=torch.float32) if by.bias is None else rows.sum(0, dtype=by.bias.dtype)
+    return Linear(dweight, dbias)
 
 
 def _conv(
