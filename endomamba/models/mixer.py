@@ -1,4 +1,4 @@
-"""The Mamba mixers: one projection, and one op that ends with another.
+"""The Mamba mixers: their parameters, and one op from input to output.
 
 Letters: b sequences, l tokens, c channels, d inner channels, n state size, r dt rank, w conv width.
 """
@@ -40,17 +40,17 @@ class CausalMixer(KeepsFp32):
 
     def forward(self, u: Tensor) -> Tensor:
         """u: (b, l, c) -> (b, l, c)."""
-        return mixer_inner(self.in_proj(u), *self.parameters_forward(), **_out_proj(self))[0]
+        return mixer_inner(u, *self.parameters_forward(), **_projections(self))[0]
 
     def step(self, u: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """-> (b, l, c), conv state (b, w - 1, d) and ssm state (b, d, n) after the last token, all differentiable."""
         return mixer_inner(
-            self.in_proj(u),
+            u,
             *self.parameters_forward(),
             initial_conv_state=conv_state,
             initial_ssm_state=ssm_state,
             return_final_state=True,
-            **_out_proj(self),
+            **_projections(self),
         )
 
     def step_(self, u: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class BidirectionalMixer(KeepsFp32):
     def forward(self, u: Tensor) -> Tensor:
         """u: (b, l, c) -> (b, l, c)."""
         directions = (*self.parameters_forward(), *self.parameters_backward())
-        return mixer_inner(self.in_proj(u), *directions, **_out_proj(self))[0]
+        return mixer_inner(u, *directions, **_projections(self))[0]
 
 
 def _direction(conv1d: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor) -> tuple[Any, ...]:
@@ -105,9 +105,12 @@ def _direction(conv1d: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: 
     return conv1d.weight.squeeze(1), conv1d.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, A, D
 
 
-def _out_proj(mixer: CausalMixer | BidirectionalMixer) -> dict[str, Any]:
-    """The op does this projection too, so that its input need not be saved: hooks on the module do not run."""
-    return dict(out_proj_weight=mixer.out_proj.weight, out_proj_bias=mixer.out_proj.bias, backend=mixer.backend)
+def _projections(mixer: CausalMixer | BidirectionalMixer) -> dict[str, Any]:
+    """The op does both, so that neither xz nor y is saved for backward.  Hooks on the two modules do not run."""
+    return dict(
+        in_proj_weight=mixer.in_proj.weight, in_proj_bias=mixer.in_proj.bias,
+        out_proj_weight=mixer.out_proj.weight, out_proj_bias=mixer.out_proj.bias, backend=mixer.backend,
+    )  # fmt: skip
 
 
 def initial_A_log(d: int, n: int) -> Tensor:
