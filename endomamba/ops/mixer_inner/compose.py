@@ -134,7 +134,7 @@ def bwd(
     out_proj: Linear,
     in_proj: Linear,
 ) -> tuple[Tensor, Side, Side | None, Tensor, Tensor, Linear, Linear]:
-    """-> dxz, the gradients of both sides, dinitial_conv_state, dinitial_ssm_state, those of out_proj and in_proj; empty
+    """-> dxz, the gradients of both sides, dinitial_conv_state, dinitial_ssm_state, those of out_proj, in_proj; empty
     for absent inputs.
     """
     hidden, xz = xz, _linear(xz, in_proj)
