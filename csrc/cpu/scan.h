@@ -32,7 +32,7 @@ struct ScanArgs {
   bool softplus = true;
   float scale = 1.0f;
   ScanDirection dir[2];  // the first `directions` count
-  View z, y, mask;  // mask (b,l) of bytes
+  View z, y, mask;  // mask (b,l) of bytes; y of a backward: the gated output again, where asked for
   View dy, dz;
 };
 

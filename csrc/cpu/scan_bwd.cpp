@@ -171,7 +171,7 @@ void stage_gradient(const ScanArgs& a, const Sequence& seq, const Chunk& chunk, 
   }
 }
 
-// dz = dy * scale * y * silu'(z), y before the gate and the scale.
+// dz = dy * scale * y * silu'(z), y before the gate and the scale; where asked for, scale * y * silu(z) too.
 template <class TZ, class TY>
 void write_dz(const ScanArgs& a, const Sequence& seq, int64_t first, int64_t blocks, int64_t width, const float* y) {
   for (int64_t t = 0; t < seq.length; ++t)
@@ -183,8 +183,10 @@ void write_dz(const ScanArgs& a, const Sequence& seq, int64_t first, int64_t blo
       if (a.dy) dy = load_lanes(a.dy.at<TY>(seq.row, seq.first + t, channel), a.dy.s[2], lanes) * set1(a.scale);
       const vf gate = sigmoid(z);
       const vf slope = gate * (set1(1.0f) + z * (set1(1.0f) - gate));
-      const vf dz = dy * load(y + (t * blocks + block) * W) * slope;
-      store_lanes(a.dz.at<TZ>(seq.row, seq.first + t, channel), a.dz.s[2], lanes, dz);
+      const vf sum = load(y + (t * blocks + block) * W);
+      store_lanes(a.dz.at<TZ>(seq.row, seq.first + t, channel), a.dz.s[2], lanes, dy * sum * slope);
+      if (a.y)
+        store_lanes(a.y.at<TY>(seq.row, seq.first + t, channel), a.y.s[2], lanes, set1(a.scale) * sum * (z * gate));
     }
 }
 

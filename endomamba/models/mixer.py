@@ -1,4 +1,4 @@
-"""The Mamba mixers: two projections around one op.
+"""The Mamba mixers: their parameters, and one op from input to output.
 
 Letters: b sequences, l tokens, c channels, d inner channels, n state size, r dt rank, w conv width.
 """
@@ -40,20 +40,18 @@ class CausalMixer(KeepsFp32):
 
     def forward(self, u: Tensor) -> Tensor:
         """u: (b, l, c) -> (b, l, c)."""
-        y, _, _ = mixer_inner(self.in_proj(u), *self.parameters_forward(), backend=self.backend)
-        return self.out_proj(y)
+        return mixer_inner(u, *self.parameters_forward(), **_projections(self))[0]
 
     def step(self, u: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """-> (b, l, c), conv state (b, w - 1, d) and ssm state (b, d, n) after the last token, all differentiable."""
-        y, *after = mixer_inner(
-            self.in_proj(u),
+        return mixer_inner(
+            u,
             *self.parameters_forward(),
             initial_conv_state=conv_state,
             initial_ssm_state=ssm_state,
             return_final_state=True,
-            backend=self.backend,
+            **_projections(self),
         )
-        return self.out_proj(y), *after
 
     def step_(self, u: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
         """`step` that overwrites both states; inference only."""
@@ -98,14 +96,21 @@ class BidirectionalMixer(KeepsFp32):
     def forward(self, u: Tensor) -> Tensor:
         """u: (b, l, c) -> (b, l, c)."""
         directions = (*self.parameters_forward(), *self.parameters_backward())
-        y, _, _ = mixer_inner(self.in_proj(u), *directions, backend=self.backend)
-        return self.out_proj(y)
+        return mixer_inner(u, *directions, **_projections(self))[0]
 
 
 def _direction(conv1d: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor) -> tuple[Any, ...]:
     wide = torch.float64 if A_log.dtype == torch.float64 else torch.float32
     A = -torch.exp(A_log.to(wide))
     return conv1d.weight.squeeze(1), conv1d.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, A, D
+
+
+def _projections(mixer: CausalMixer | BidirectionalMixer) -> dict[str, Any]:
+    """The op does both, so that neither xz nor y is saved for backward.  Hooks on the two modules do not run."""
+    return dict(
+        in_proj_weight=mixer.in_proj.weight, in_proj_bias=mixer.in_proj.bias,
+        out_proj_weight=mixer.out_proj.weight, out_proj_bias=mixer.out_proj.bias, backend=mixer.backend,
+    )  # fmt: skip
 
 
 def initial_A_log(d: int, n: int) -> Tensor:

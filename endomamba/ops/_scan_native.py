@@ -110,13 +110,19 @@ def scan_bwd(
     frames: int,
     max_seqlen: int,
     plan: str,
+    dz: Tensor | None = None,
+    y: Tensor | None = None,
 ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-    """-> dz, and for each side dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial_state; empty for absent inputs."""
+    """-> dz, and for each side dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial_state; empty for absent inputs.
+
+    dz: where to write it.  y, in the dtype of dy, with z: gets the output of the forward again.
+    """
     x = sides[0].x
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
     args = _arguments(sides[0], z, cu_seqlens, mask, scale, dt_softplus, frames, x.dtype if dy is None else dy.dtype)
-    dz = empty(x, dtype=x.dtype) if z is None else empty(x, *x.shape, dtype=x.dtype)
-    args.dy, args.dz = view(dy), view(dz)
+    if dz is None:
+        dz = empty(x, *(() if z is None else x.shape), dtype=x.dtype)
+    args.dy, args.dz, args.y = view(dy), view(dz), view(y)
     grads = []
     for side, dfinal, chunks in zip(sides, dfinal_states, chunk_states, strict=True):
         dir = _direction(side)

@@ -188,15 +188,18 @@ def _forward_apart(
                 chunks[i] if save_states else None, _piece(call, plan),
             )  # fmt: skip
     _join(call.device)
-    _combine(call, parked, None, y, scale)
+    _combine(call, parked, None, y, scale, None)
 
 
-def _combine(call: _Call, parked: Tensor, dy: Tensor | None, out: Tensor, scale: float) -> None:
+def _combine(
+    call: _Call, parked: Tensor, dy: Tensor | None, out: Tensor, scale: float, y: Tensor | None
+) -> None:  # fmt: skip
     z, total = call.z, out.numel()
     _combine_kernel[(triton.cdiv(total, 1024),)](
-        parked, z, dy, out, scale, total, call.l, call.d, 0 if z is None else z.stride(0),
+        parked, z, dy, out, y, scale, total, call.l, call.d, 0 if z is None else z.stride(0),
         0 if dy is None else dy.stride(0), SZ=0 if z is None else z.stride(1), SDY=0 if dy is None else dy.stride(1),
-        HAS_Z=z is not None, BACK=dy is not None, BLOCK=1024, ASM=ASM, num_warps=4,
+        SO=out.stride(1), HAS_Z=z is not None, BACK=dy is not None, OUT=y is not None, BLOCK=1024, ASM=ASM,
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -275,11 +278,12 @@ def scan_fwd(
 
 @triton.jit(do_not_specialize=["total", "l"])
 def _combine_kernel(
-    s_ptr, z_ptr, dy_ptr, out_ptr, scale, total, l, d, sz_b, sdy_b, SZ: tl.constexpr, SDY: tl.constexpr,
-    HAS_Z: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr,
+    s_ptr, z_ptr, dy_ptr, out_ptr, y_ptr, scale, total, l, d, sz_b, sdy_b, SZ: tl.constexpr, SDY: tl.constexpr,
+    SO: tl.constexpr, HAS_Z: tl.constexpr, BACK: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
-    # Grid (cdiv(b * l * d, BLOCK),): y = scale * (s_0 + s_1) * silu(z), or, BACK, dz.  Memory bound: 8 bytes an element
-    # of s, and z, y, dy once.
+    # Grid (cdiv(b * l * d, BLOCK),): y = scale * (s_0 + s_1) * silu(z), or, BACK, dz, and, OUT, y too.  Memory bound:
+    # 8 bytes an element of s, and z, y, dy once.
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < total
     s = (tl.load(s_ptr + i, mask=mask, other=0.0) + tl.load(s_ptr + total + i, mask=mask, other=0.0)) * scale
@@ -290,10 +294,12 @@ def _combine_kernel(
         sig = sigmoid(z, ASM)
         if BACK:
             dy = tl.load(dy_ptr + at[0] * sdy_b + at[1] * SDY + at[2], mask=mask, other=0.0).to(tl.float32)
+            if OUT:
+                tl.store(y_ptr + i, (s * z * sig).to(y_ptr.dtype.element_ty), mask=mask)
             s *= dy * sig * (1.0 + z * (1.0 - sig))
         else:
             s *= z * sig
-    tl.store(out_ptr + i, s.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + row * SO + at[2], s.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["l", "tiles", "frames"])
@@ -397,8 +403,8 @@ def _programs(seqs: int, blocks: int, device: torch.device, per_sm: int) -> int:
 
 
 def _backward_launch(
-    call: _Call, side: Direction, first: int, states: int, dy: Tensor, grads: tuple[Tensor, ...], dz: Tensor | None,
-    chunk: Tensor, dfinal: Tensor | None, parked: Tensor | None, add: bool, park: bool,
+    call: _Call, side: Direction, first: int, states: int, dy: Tensor, grads: tuple[Tensor, ...], dz: Tensor,
+    y: Tensor | None, chunk: Tensor, dfinal: Tensor | None, parked: Tensor | None, add: bool, park: bool,
     sums: tuple | None, scale: float, piece: int, max_seqlen: int,
 ) -> None:  # fmt: skip
     T, W = BWD["T"], BWD["W"]
@@ -439,10 +445,10 @@ def _backward_launch(
     options = {"maxnreg": BWD["maxnreg"], "num_stages": 1} if ASM else {}
     _scan_bwd_kernel[(programs * blocks,)](
         dy, x, side.dt, side.A, side.B, side.C, side.D, call.z, side.dt_bias, chunk, dfinal, parked, gB, gA,
-        call.cu_seqlens, call.mask, dx, ddt, dz, rows, pA, pB, pC, pD, pbias, dstate, scratch, scale, call.l, call.d,
-        call.seqs, splits, call.frames, sdy_b=dy.stride(0), SDY=dy.stride(1), **args, HAS_Z=call.z is not None,
-        HAS_D=has_D, HAS_DHL=dfinal is not None, HAS_DH0=has_dstate, ADD=add, PARK=park, ADD_G=add_g,
-        PARK_G=park_g, EXACT=x.dtype == f32, LS=piece, T=T, W=W,
+        call.cu_seqlens, call.mask, dx, ddt, dz, y, rows, pA, pB, pC, pD, pbias, dstate, scratch, scale, call.l, call.d,
+        call.seqs, splits, call.frames, sdy_b=dy.stride(0), SDY=dy.stride(1), SDZ=0 if call.z is None else dz.stride(1),
+        **args, HAS_Z=call.z is not None, OUT=y is not None and not park, HAS_D=has_D, HAS_DHL=dfinal is not None,
+        HAS_DH0=has_dstate, ADD=add, PARK=park, ADD_G=add_g, PARK_G=park_g, EXACT=x.dtype == f32, LS=piece, T=T, W=W,
         SHARED=shared_asm(T * W * (576 if W > 1 else 320)), num_warps=W, **options,
     )  # fmt: skip
     if not (const_B and const_C) and longest:
@@ -474,12 +480,18 @@ def scan_bwd(
     frames: int,
     max_seqlen: int,
     plan: str,
+    dz: Tensor | None = None,
+    y: Tensor | None = None,
 ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-    """-> dz, and for each side dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial_state; empty for absent inputs."""
+    """-> dz, and for each side dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial_state; empty for absent inputs.
+
+    dz: half of a contiguous (b, l, 2d) to write it to.  y, contiguous, with z: gets the output of the forward again.
+    """
     x, n = sides[0].x, sides[0].A.shape[1]
     f32 = torch.float32
     call = _call(x, n, z, cu_seqlens, mask, dt_softplus, frames)
-    dz = empty(x, *(() if z is None else x.shape), dtype=x.dtype)
+    if dz is None:
+        dz = empty(x, *(() if z is None else x.shape), dtype=x.dtype)
     grads = []
     for side in sides:
         dx, ddt = (empty(x, *x.shape, dtype=x.dtype) for _ in range(2))
@@ -512,7 +524,7 @@ def scan_bwd(
             for i, (first, states) in enumerate(parts):
                 with _beside(call.device) if apart and turn == 0 else contextlib.nullcontext():
                     _backward_launch(
-                        call, side, first, states, dy, present, dz, chunk, _states(dfinal),
+                        call, side, first, states, dy, present, dz, y, chunk, _states(dfinal),
                         None if parked is None else parked[turn if apart else 0],
                         parked is not None and not apart and turn > 0,
                         parked is not None and (apart or turn < launches - 1),
@@ -523,7 +535,7 @@ def scan_bwd(
         if apart:
             _join(call.device)
             if parked is not None:
-                _combine(call, parked, dy, dz, scale)
+                _combine(call, parked, dy, dz, scale, y)
     return dz, grads
 
 
@@ -533,7 +545,17 @@ def aot_cases() -> list[AotCase]:
     options = dict(scale=1.0, dt_softplus=True, max_seqlen=0)
 
     def case(
-        name: str, dtype=torch.bfloat16, l=49, b=768, n=16, sides=1, z=True, state=False, quick="", **more
+        name: str,
+        dtype=torch.bfloat16,
+        l=49,
+        b=768,
+        n=16,
+        sides=1,
+        z=True,
+        state=False,
+        mixer=False,
+        quick="",
+        **more,
     ) -> None:
         d, r = 768, 24
         flags = options | {"frames": 0, "plan": "auto"} | more
@@ -546,8 +568,9 @@ def aot_cases() -> list[AotCase]:
         forward = partial(scan_fwd, return_final_state=state, save_states=True, out_fp32=False, **flags)
         chunks = tuple(meta(*chunk_states_shape(x, walks[0].A, None)) for _ in walks)
         finals = tuple(start for _ in walks)
-        backward = partial(scan_bwd, **flags)
-        cases.append(AotCase(f"fwd-{name}", forward, (walks, gate, None, None), "fwd" not in quick))
+        backward = partial(scan_bwd, **(dict(dz=gate, y=x) if mixer else {}), **flags)
+        if not mixer:
+            cases.append(AotCase(f"fwd-{name}", forward, (walks, gate, None, None), "fwd" not in quick))
         cases.append(AotCase(f"bwd-{name}", backward, (x, finals, walks, gate, None, None, chunks), "bwd" not in quick))
 
     case("bf16")
@@ -558,6 +581,9 @@ def aot_cases() -> list[AotCase]:
     case("split-bf16", b=1, l=3152, state=True, quick="fwd bwd")
     case("apart-bf16", sides=2, b=16, l=197, quick="fwd")
     case("plain-bf16", z=False)
+    case("mixer-bf16", mixer=True)
+    case("both-mixer-bf16", sides=2, mixer=True)
+    case("apart-mixer-bf16", sides=2, b=16, l=197, mixer=True)
     case("n8-bf16", n=8)
     case("n3-fp32", n=3, dtype=torch.float32)
     case("n64-bf16", n=64)

@@ -190,6 +190,67 @@ def _own_dt(
 
 
 @triton.jit
+def _choose(first, a, b):
+    out = ()
+    for i in tl.static_range(len(a)):
+        out = out + (tl.where(first, a[i], b[i]),)
+    return out
+
+
+@triton.jit
+def _either(first, a, b):
+    out = ()
+    for i in tl.static_range(len(a)):
+        out = out + (_choose(first, a[i], b[i]),)
+    return out
+
+
+@triton.jit
+def _rewalk(
+    h, q, rB, scr, s, live, kb, A, Bc, bias, x_p, dt_p, B_p, m_p, offs_d, sB_n, end, walk, frames, lane, half, mask_d,
+    both, put_B, get_B,
+    SX: tl.constexpr, SDT: tl.constexpr, SB: tl.constexpr, NH: tl.constexpr, NS: tl.constexpr, X: tl.constexpr,
+    DT: tl.constexpr, TYPE: tl.constexpr, CONST_B: tl.constexpr, MASK: tl.constexpr, SOFTPLUS: tl.constexpr,
+    REVERSE: tl.constexpr, TIME: tl.constexpr, EVEN: tl.constexpr, T: tl.constexpr, W: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    # h, the state before the T tokens from kb, to slot s of the scratch -> the state after them, and the inputs of the
+    # T tokens that come 2 T later
+    HT: tl.constexpr = T // 2
+    _save(scr, s, h, half, NH, W, ASM)
+    own = ()
+    for p in tl.static_range(HT):
+        x, dt, _, real = _own_dt(q[p], live, bias, X, DT, MASK, SOFTPLUS, ASM)
+        own = own + ((dt, dt * x, real),)
+        if ASM:
+            put2(both + p * 256 + half * 8, dt, dt * x)
+    put_rows(put_B, rB, T, TYPE, CONST_B, ASM)
+    if ASM:
+        warp_sync(lane)
+    q = _state_inputs(
+        x_p, dt_p, m_p, offs_d, kb + 2 * T, end, walk, frames, half, mask_d, T,
+        SX, SDT, MASK, REVERSE, TIME, EVEN, ASM,
+    )  # fmt: skip
+    rB = load_rows(
+        B_p, m_p, sB_n, kb + 2 * T, end, walk, frames, lane, T, SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM
+    )
+    for p in tl.static_range(HT):
+        if ASM:
+            dt0, u0, dt1, u1 = get4(both + p * 256)
+        else:
+            dt0, dt1 = to_both(own[p][0], lane, ASM)
+            u0, u1 = to_both(own[p][1], lane, ASM)
+        b0, b1 = pair_rows(
+            get_B, Bc, B_p, sB_n, kb + 2 * p, end, walk, frames, half, own[p][2], lane, 2 * p,
+            SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM,
+        )  # fmt: skip
+        h = advance(h, decays(A, dt0, NH, ASM), b0, u0, NH)
+        h = advance(h, decays(A, dt1, NH, ASM), b1, u1, NH)
+    if ASM:
+        warp_sync(lane)
+    return h, q, rB
+
+
+@triton.jit
 def _add_products(acc, h0, ds0, h1, ds1, NH: tl.constexpr):
     out = ()
     for i in tl.static_range(NH):
@@ -245,26 +306,28 @@ def _emit(
 @triton.jit(do_not_specialize=["l", "frames", "seqs", "splits", "sm_b"])
 def _scan_bwd_kernel(
     dy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, cs_ptr, dhl_ptr, s_ptr, gB_ptr, gA_ptr, cu_ptr,
-    mask_ptr, dx_ptr, ddt_ptr, dz_ptr, dBC_ptr, dA_ptr, dBc_ptr, dCc_ptr, dD_ptr, dbias_ptr, dh0_ptr, scratch_ptr,
-    scale, l, d, seqs, splits, frames, sdy_b, sx_b, sdt_b, sz_b, sB_b, sC_b, sB_g, sC_g, sB_n, sC_n, sm_b,
+    mask_ptr, dx_ptr, ddt_ptr, dz_ptr, y_ptr, dBC_ptr, dA_ptr, dBc_ptr, dCc_ptr, dD_ptr, dbias_ptr, dh0_ptr,
+    scratch_ptr, scale, l, d, seqs, splits, frames, sdy_b, sx_b, sdt_b, sz_b, sB_b, sC_b, sB_g, sC_g, sB_n, sC_n, sm_b,
     SDY: tl.constexpr, SX: tl.constexpr, SDT: tl.constexpr, SZ: tl.constexpr, SB: tl.constexpr, SC: tl.constexpr,
-    SY: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr, NS: tl.constexpr,
-    CONST_B: tl.constexpr, CONST_C: tl.constexpr, HAS_Z: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_DHL: tl.constexpr, HAS_DH0: tl.constexpr, ADD: tl.constexpr, PARK: tl.constexpr, ADD_G: tl.constexpr,
-    PARK_G: tl.constexpr, PACKED: tl.constexpr, MASK: tl.constexpr, REVERSE: tl.constexpr, TIME: tl.constexpr,
-    SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, LS: tl.constexpr, EVEN: tl.constexpr, T: tl.constexpr,
-    W: tl.constexpr, SHARED: tl.constexpr, ASM: tl.constexpr, CHUNK: tl.constexpr,
+    SY: tl.constexpr, SDZ: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr, NS: tl.constexpr,
+    CONST_B: tl.constexpr, CONST_C: tl.constexpr, HAS_Z: tl.constexpr, OUT: tl.constexpr, HAS_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_DHL: tl.constexpr, HAS_DH0: tl.constexpr, ADD: tl.constexpr, PARK: tl.constexpr,
+    ADD_G: tl.constexpr, PARK_G: tl.constexpr, PACKED: tl.constexpr, MASK: tl.constexpr, REVERSE: tl.constexpr,
+    TIME: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, LS: tl.constexpr, EVEN: tl.constexpr,
+    T: tl.constexpr, W: tl.constexpr, SHARED: tl.constexpr, ASM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     # Grid (P * g * cdiv(d / g, 16 W),): a program owns 16 W channels and every P-th sequence (LS > 0: piece of LS
     #   tokens), so dA, dD, ddt_bias stay in registers over all of them; lanes as in _triton_scan.
     # A chunk of 64 tokens, last first: (1) from its saved state, the states every T tokens, to a scratch that stays in
-    #   L2; then, T tokens at a time, (2) forward: the states of every token, in registers, y for dz, h ds for dC;
+    #   L2; then, T tokens at a time, (2) forward: the states of every token, in registers, y for dz, h ds for dC,
+    #   OUT: the gated y itself;
     #   (3) backward: dh, and with it everything else.
     # Shared memory, a warp: T rows of B and of C in fp32, and what a token has one of a channel (dt, dt x, ds): worked
     #   out once by the lane that owns it, read by both halves.
     # Sums over channels (dB, dC): one tf32 matrix product with ones a pair, the program's warps added in a fixed order,
     #   one fp32 row a program and pair of tokens to global memory; a second kernel adds the rows.
-    # Traffic: x, dt twice, z, dy once, dx, ddt, dz written: 9 * b*l*d elements; 128 bytes a token and program for sums.
+    # Traffic: x, dt twice, z, dy once, dx, ddt, dz written: 9 * b*l*d elements, OUT 10; 128 bytes a token and program
+    #   for sums.
     # Numerics: fp32; in a fp32 call the sums split values in two, else products are cut to 11 bits, without bias.
     # Bound: issue slots.
     NH: tl.constexpr = (NS + 1) // 2
@@ -351,6 +414,7 @@ def _scan_bwd_kernel(
         z_p = (z_ptr + (base * sz_b + before * SZ)) if HAS_Z else x_p
         dy_p = dy_ptr + (base * sdy_b + before * SDY)
         row = base * walk * SY + before * SY
+        row_dz = (base * walk + before) * SDZ
         s_p = (s_ptr + row) if ADD or PARK else x_p
         m_p = (mask_ptr + (base * sm_b + before)) if MASK else x_ptr
         B_p = (B_ptr + (base * sB_b + before * SB + group * sB_g)) + row_state * sB_n
@@ -365,56 +429,35 @@ def _scan_bwd_kernel(
             k0 = begin + c * CHUNK
             blocks = tl.cdiv(tl.minimum(CHUNK, end - k0), T)
             h = load_states(cs_ptr + ((chunk0 + k0 // CHUNK) * d + offs_d) * N + state, mask_d, NH, NS, half, N, ASM)
-            # (1) states every T tokens; the inputs of the next 2 T are under way
+            # (1) states every T tokens, two blocks a turn, the inputs of the next two under way.  Past the last but one
+            # block nothing is `live`, and the state stays.
             q = _state_inputs(
                 x_p, dt_p, m_p, offs_d, k0, end, walk, frames, half, mask_d, T, SX, SDT, MASK, REVERSE, TIME, EVEN, ASM
             )
             rB = load_rows(
                 B_p, m_p, sB_n, k0, end, walk, frames, lane, T, SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM
             )
-            next_q = _state_inputs(
+            odd_q = _state_inputs(
                 x_p, dt_p, m_p, offs_d, k0 + T, end, walk, frames, half, mask_d, T,
                 SX, SDT, MASK, REVERSE, TIME, EVEN, ASM,
             )  # fmt: skip
-            next_rB = load_rows(
+            odd_rB = load_rows(
                 B_p, m_p, sB_n, k0 + T, end, walk, frames, lane, T, SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM
             )
-            for s in range(0, blocks - 1):
-                _save(scr, s, h, half, NH, W, ASM)
-                own = ()
-                for p in tl.static_range(HT):
-                    x, dt, raw, real = _own_dt(q[p], half < 2, bias, X, DT, MASK, SOFTPLUS, ASM)
-                    own = own + ((dt, dt * x, real),)
-                    if ASM:
-                        put2(both + p * 256 + half * 8, dt, dt * x)
-                put_rows(put_B, rB, T, TYPE, CONST_B, ASM)
-                if ASM:
-                    warp_sync(lane)
-                kb = k0 + s * T
-                q = next_q
-                rB = next_rB
-                next_q = _state_inputs(
-                    x_p, dt_p, m_p, offs_d, kb + 2 * T, end, walk, frames, half, mask_d, T,
-                    SX, SDT, MASK, REVERSE, TIME, EVEN, ASM,
+            for s in range(0, blocks - 1, 2):
+                h, q, rB = _rewalk(
+                    h, q, rB, scr, s, half < 2, k0 + s * T, A, Bc, bias, x_p, dt_p, B_p, m_p, offs_d, sB_n, end, walk,
+                    frames, lane, half, mask_d, both, put_B, get_B,
+                    SX, SDT, SB, NH, NS, X, DT, TYPE, CONST_B, MASK, SOFTPLUS, REVERSE, TIME, EVEN, T, W, ASM,
                 )  # fmt: skip
-                next_rB = load_rows(
-                    B_p, m_p, sB_n, kb + 2 * T, end, walk, frames, lane, T, SB, NH, NS, CONST_B, MASK, REVERSE, TIME,
-                    ASM,
+                h, odd_q, odd_rB = _rewalk(
+                    h, odd_q, odd_rB, scr, s + 1, (half < 2) & (s + 2 < blocks), k0 + (s + 1) * T, A, Bc, bias,
+                    x_p, dt_p, B_p, m_p, offs_d, sB_n, end, walk, frames, lane, half, mask_d, both, put_B, get_B,
+                    SX, SDT, SB, NH, NS, X, DT, TYPE, CONST_B, MASK, SOFTPLUS, REVERSE, TIME, EVEN, T, W, ASM,
                 )  # fmt: skip
-                for p in tl.static_range(HT):
-                    if ASM:
-                        dt0, u0, dt1, u1 = get4(both + p * 256)
-                    else:
-                        dt0, dt1 = to_both(own[p][0], lane, ASM)
-                        u0, u1 = to_both(own[p][1], lane, ASM)
-                    b0, b1 = pair_rows(
-                        get_B, Bc, B_p, sB_n, kb + 2 * p, end, walk, frames, half, own[p][2], lane, 2 * p,
-                        SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM,
-                    )  # fmt: skip
-                    h = advance(h, decays(A, dt0, NH, ASM), b0, u0, NH)
-                    h = advance(h, decays(A, dt1, NH, ASM), b1, u1, NH)
-                if ASM:
-                    warp_sync(lane)
+            even = blocks % 2 == 1
+            q = _either(even, q, odd_q)
+            rB = _choose(even, rB, odd_rB)
             # the inputs of the last T tokens: some are here already
             kb = k0 + (blocks - 1) * T
             rC = load_rows(
@@ -431,18 +474,20 @@ def _scan_bwd_kernel(
                 own = ()
                 for p in tl.static_range(HT):
                     live = kb + 2 * p + half < end
-                    x, dt, raw, real = _own_dt(q[p], live, bias, X, DT, MASK, SOFTPLUS, ASM)
+                    x, dt, _, real = _own_dt(q[p], live, bias, X, DT, MASK, SOFTPLUS, ASM)
                     ds = value(r[p][1], dy_ptr.dtype.element_ty, ASM) * scale
                     gate = ds
+                    act = none
                     if HAS_Z:
                         z = value(r[p][0], z_ptr.dtype.element_ty, ASM)
                         sig = sigmoid(z, ASM)
                         gate = ds * (sig * (1.0 + z * (1.0 - sig)))
                         ds *= z * sig
+                        act = scale * z * sig
                     if ASM:
                         put2(both + p * 256 + half * 8, dt, dt * x)
                         put1(both_ds + p * 128 + half * 4, ds)
-                    own = own + ((r[p][2] if ADD else none, gate, dt, dt * x, ds, real, x, raw),)
+                    own = own + ((r[p][2] if ADD else none, gate, dt, dt * x, ds, real, x, raw, act),)
                 put_rows(put_B, rB, T, TYPE, CONST_B, ASM)
                 put_rows(put_C, rC, T, C_TYPE, CONST_C, ASM)
                 if ASM:
@@ -480,8 +525,11 @@ def _scan_bwd_kernel(
                         if PARK:
                             tl.store(own_at(s_p, offs_d, kb, 2 * p, walk, frames, half, SY, REVERSE, TIME), y, mask=ok)
                         elif HAS_Z:
-                            to = own_at(dz_ptr + row, offs_d, kb, 2 * p, walk, frames, half, SY, REVERSE, TIME)
+                            to = own_at(dz_ptr + row_dz, offs_d, kb, 2 * p, walk, frames, half, SDZ, REVERSE, TIME)
                             tl.store(to, (own[p][1] * y).to(dz_ptr.dtype.element_ty), mask=ok)
+                            if OUT:
+                                to = own_at(y_ptr + row, offs_d, kb, 2 * p, walk, frames, half, SY, REVERSE, TIME)
+                                tl.store(to, (own[p][8] * y).to(y_ptr.dtype.element_ty), mask=ok)
                     if CONST_C:
                         dCc = _add_products(dCc, h0, ds0, h, ds1, NH)
                     else:

@@ -173,6 +173,178 @@ def test_gradcheck(both):
         )
 
 
+def out_projection(c, d, dtype=torch.float32, seed=7):
+    random = Random(seed)
+    return [(random.randn(c, d) / d**0.5).to(dtype), random.randn(c).to(dtype)]
+
+
+OUT_FORMS = {
+    "causal": dict(),
+    "states": dict(states=True),
+    "reverse": dict(walk=dict(reverse=True), bias=False),
+    "time": dict(walk=dict(order="time", frames=3)),
+    "packed": dict(b=1, walk=dict(cu_seqlens=(0, 4, 4, 21), max_seqlen=17)),
+    "n20": dict(b=1, l=9, n=20),  # more than one launch of the Triton scan
+    "both": dict(both=True),
+    "both-no-bias": dict(both=True, bias=False),
+    "both-in-turn": dict(both=True, plan="invariant"),
+    "both-n20": dict(both=True, b=1, l=9, n=20),
+    "long": dict(b=1, l=130),
+    "fp16": dict(dtype=torch.float16, both=True),
+    "bf16": dict(dtype=torch.bfloat16),
+}
+
+
+@backends
+@pytest.mark.parametrize("form", on.few(OUT_FORMS, "states", "both", "both-n20"))
+def test_out_proj_equals_a_linear_after_it(form, backend):
+    """The output, every gradient, and y itself: its gradient of the weight is dout' y, with the y of the backward."""
+    o = dict(b=2, l=21, n=4, both=False, states=False, bias=True, plan="auto", walk={}, dtype=torch.float32)
+    o |= OUT_FORMS[form]
+    if o["dtype"] not in on.DTYPES.values():
+        pytest.skip("the interpreter has bf16 wrong")
+    d, n, c = 12, o["n"], 7
+    xz, *states = inputs(o["b"], o["l"], d, n, dtype=o["dtype"])
+    p, p_b = parameters(d, n, 2), parameters(d, n, 2, seed=5) if o["both"] else []
+    out_proj = out_projection(c, d)[: 2 if o["bias"] else 1]
+    states = states if o["states"] else []
+    tensors = [xz, *p, *p_b, *states, *out_proj]
+    walk = {k: torch.tensor(v) if k == "cu_seqlens" else v for k, v in o["walk"].items()}
+    scale = dict(scale=0.5) if o["both"] else {}
+
+    def run(fused, dtype, **kw):
+        t = leaves(tensors, dtype)
+        first, second, weight, bias = t[1:8], t[8 : 8 + len(p_b)], t[-len(out_proj)], t[-1] if o["bias"] else None
+        start = t[8 + len(p_b) : len(t) - len(out_proj)]
+        if fused:
+            carried = dict(zip(("initial_conv_state", "initial_ssm_state"), start, strict=False))
+            carried |= dict(return_final_state=bool(start))
+            outputs = mixer_inner(
+                t[0], *first, *second, out_proj_weight=weight, out_proj_bias=bias, **carried, **scale, **walk, **kw
+            )
+        else:
+            y, *after = composed(t[0], first, second or None, *start, **scale, **walk)
+            out = F.linear(y, weight.to(y.dtype), None if bias is None else bias.to(y.dtype))
+            outputs = (out, *(after if start else ()))
+        outputs = [x for x in outputs if x is not None]
+        return [x.detach() for x in outputs], gradients(outputs, t)
+
+    got, eager = run(True, None, backend=backend, plan=o["plan"]), run(False, None)
+    truth = run(False, torch.float64)
+    assert got[0][0].shape == (*xz.shape[:2], c)
+    for values in zip(got, eager, truth, strict=True):
+        for i, triple in enumerate(zip(*values, strict=True)):
+            assert_as_accurate_as_eager(f"{i}", *triple, slack=4.0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("both", [False, True], ids=["causal", "bidirectional"])
+def test_gradcheck_out_proj(both, bias):
+    p, p_b = parameters(3, 2, 1, w=3), parameters(3, 2, 1, w=3, seed=5)
+    xz, conv_state, ssm_state = inputs(2, 4, 3, 2, w=3)
+    k = 2 if bias else 1
+
+    def out_proj(t):
+        return dict(zip(("out_proj_weight", "out_proj_bias"), t[-k:], strict=False))
+
+    if both:
+        t = leaves([xz, *p, *p_b, *out_projection(2, 3)[:k]], torch.float64)
+        assert torch.autograd.gradcheck(lambda *t: mixer_inner(*t[:-k], scale=0.5, **out_proj(t))[0], t)
+    else:
+        t = leaves([xz, *p, conv_state, ssm_state, *out_projection(2, 3)[:k]], torch.float64)
+        states = dict(return_final_state=True)
+        assert torch.autograd.gradcheck(
+            lambda *t: mixer_inner(*t[:8], initial_conv_state=t[8], initial_ssm_state=t[9], **states, **out_proj(t)), t
+        )
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["causal", "bidirectional"])
+def test_gradcheck_in_proj(both):
+    """From the input of in_proj to the output of out_proj."""
+    p, p_b = parameters(3, 2, 1, w=3), parameters(3, 2, 1, w=3, seed=5) if both else []
+    hidden = inputs(2, 4, 1, 2)[0]  # two channels
+    names = ("out_proj_weight", "out_proj_bias", "in_proj_weight", "in_proj_bias")
+    t = leaves([hidden, *p, *p_b, *out_projection(2, 3), *out_projection(6, 2, seed=8)], torch.float64)
+    assert torch.autograd.gradcheck(lambda *t: mixer_inner(*t[:-4], **dict(zip(names, t[-4:], strict=True)))[0], t)
+
+
+@backends
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("bias", on.few([True, False], True))
+def test_in_proj_equals_a_linear_before_it(bias, half, backend):
+    c, d = 6, 12
+    hidden = Random(3).randn(2, 9, c)
+    in_proj = out_projection(2 * d, c, seed=8)[: 2 if bias else 1]
+    t = leaves([hidden, *parameters(d, 4, 2), *out_projection(c, d)[:1], *in_proj])
+    with torch.autocast(on.DEVICE, on.DTYPES[HALF], enabled=half):
+        inside = mixer_inner(
+            *t[:8], out_proj_weight=t[8], in_proj_weight=t[9], in_proj_bias=t[10] if bias else None, backend=backend
+        )[0]
+        outside = mixer_inner(F.linear(t[0], *t[9:]), *t[1:8], out_proj_weight=t[8], backend=backend)[0]
+    assert inside.shape == hidden.shape and torch.equal(inside, outside)
+    for got, want in zip(gradients([inside], t), gradients([outside], t), strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-2 if half else 1e-5, atol=2e-2 if half else 1e-5)
+
+
+@backends
+@pytest.mark.parametrize("wanted", on.few(["xz", "weight", "bias", "state", "not out"], "weight", "not out"))
+def test_out_proj_when_few_gradients_are_wanted(wanted, backend):
+    """What is asked for is what it is among all; `not out`: the loss sees the final state alone."""
+    p, (xz, _, ssm_state) = parameters(8, 4, 2), inputs(2, 9, 8, 4)
+    tensors = [xz, *p, ssm_state, *out_projection(5, 8)]
+    which = dict(xz=[0], weight=[9], bias=[10], state=[8])
+
+    def run(t, chosen):
+        out, _, state = mixer_inner(
+            *t[:8], initial_ssm_state=t[8], out_proj_weight=t[9], out_proj_bias=t[10], return_final_state=True,
+            backend=backend,
+        )  # fmt: skip
+        if wanted == "not out":
+            return gradients([state], chosen)
+        return gradients([out] if wanted in ("weight", "bias") else [out, state], chosen)
+
+    everything = leaves(tensors)
+    if wanted == "not out":
+        got = run(everything, everything)
+        assert not got[9].any() and not got[10].any() and got[0].any() and got[8].any()
+        return
+    all_of_them = run(everything, [everything[i] for i in which[wanted]])
+    few = [t.detach().clone().requires_grad_(i in which[wanted]) for i, t in enumerate(tensors)]
+    for a, b in zip(run(few, [few[i] for i in which[wanted]]), all_of_them, strict=True):
+        assert torch.equal(a, b)
+
+
+@backends
+@pytest.mark.parametrize("form", ["in_proj", "both-in_proj", "out_proj", "both-out_proj"])
+def test_backward_keeps_the_arguments_and_chunk_states(form, backend):
+    """Neither xz nor y are saved where their projections are the op's."""
+    b, l, d, n, c = 2, 9, 8, 4, 5
+    both, first = form.startswith("both"), form.endswith("in_proj")
+    p, p_b = parameters(d, n, 2), parameters(d, n, 2, seed=5) if both else []
+    hidden = Random(3).randn(b, l, c if first else 2 * d)
+    tensors = [hidden, *p, *p_b, *out_projection(c, d), *out_projection(2 * d, c, seed=8)]
+
+    def saved(inside):
+        seen, t = [], leaves(tensors)
+        inner, out_proj, in_proj = t[1:-4], t[-4:-2], t[-2:]
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (seen.append(x.detach()), x)[1], lambda x: x):
+            if inside:
+                given = dict(out_proj_weight=out_proj[0], out_proj_bias=out_proj[1])
+                given |= dict(in_proj_weight=in_proj[0], in_proj_bias=in_proj[1]) if first else {}
+                mixer_inner(t[0], *inner, **given, backend=backend)
+            else:
+                xz = F.linear(t[0], *in_proj) if first else t[0]
+                F.linear(mixer_inner(xz, *inner, backend=backend)[0], *out_proj)
+        arguments = {x.data_ptr() for x in t}
+        return sorted(tuple(x.shape) for x in seen if x.numel() and x.data_ptr() not in arguments)
+
+    chunks = [(b, 1, d, n)] * (2 if both else 1)
+    projections = [(b, l, d)] + [(b, l, 2 * d)] * first
+    found = saved(False)
+    assert len(found) == len(chunks) + len(projections), found  # else the search finds nothing and shows nothing
+    assert saved(True) == chunks
+
+
 @backends
 @pytest.mark.parametrize("split", on.few([1, 2, 3, 20, 64, 69]))
 def test_split_and_carried_state_equal_the_whole(split, backend):
@@ -267,6 +439,20 @@ def test_autocast_runs_the_projections_in_its_dtype(backend):
     assert torch.equal(y, plain) and torch.equal(state, plain_state)
 
 
+@backends
+def test_autocast_runs_out_proj_as_a_linear_would(backend):
+    half = on.DTYPES[HALF]
+    p, (xz, *_) = parameters(16, 4, 2), inputs(2, 10, 16, 4)
+    t = leaves([xz, *p, *out_projection(6, 16)])
+    with torch.autocast(on.DEVICE, half):
+        out = mixer_inner(*t[:8], out_proj_weight=t[8], out_proj_bias=t[9], backend=backend)[0]
+        expected = F.linear(mixer_inner(*t[:8], backend=backend)[0], *t[8:])
+    assert out.dtype == half and torch.equal(out, expected)
+    for got, want, leaf in zip(gradients([out], t), gradients([expected], t), t, strict=True):
+        assert got.dtype == want.dtype == leaf.dtype
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
 @stepping
 @pytest.mark.parametrize("l", on.few([1, 2, 5, 66], 1, 5))
 def test_frame_step_is_mixer_inner_in_place(l, backend):
@@ -308,11 +494,14 @@ FORMS = {
     "states": dict(states=True),
     "both": dict(both=True),
     "packed": dict(packed=True, states=True),
+    "out_proj": dict(states=True, out_proj=2),
+    "both-out_proj": dict(both=True, out_proj=1),
+    "both-in_proj": dict(both=True, out_proj=1, in_proj=2),
 }
 
 
 @backends
-@pytest.mark.parametrize("form", on.few(FORMS, "states", "both"))
+@pytest.mark.parametrize("form", on.few(FORMS, "states", "both-out_proj"))
 @pytest.mark.parametrize("save_states", on.few([True, False], True), ids=["train", "eval"])
 def test_opcheck(form, save_states, backend):
     options = FORMS[form]
@@ -323,6 +512,10 @@ def test_opcheck(form, save_states, backend):
     _, conv_state, ssm_state = inputs(sequences, 1, 6, 4)
     tensors = [xz, *p, *(p_b if options.get("both") else [None] * 7)]
     tensors += [conv_state, ssm_state] if options.get("states") else [None, None]
+    tensors += [*out_projection(5, 6)[: options.get("out_proj", 0)], None, None][:2]
+    tensors += [*out_projection(12, 5)[: options.get("in_proj", 0)], None, None][:2]
+    if options.get("in_proj"):
+        tensors[0] = inputs(2, 7, 3, 4)[0][..., :5].contiguous()
     if save_states:
         tensors = [None if t is None else t.requires_grad_() for t in tensors]
     cu = torch.tensor([0, 3, 3, 7]) if options.get("packed") else None
@@ -379,6 +572,27 @@ def test_flops_are_counted_by_hand():
     assert counter.get_total_flops() == conv + x_proj + dt_proj + scan + gate
 
 
+def test_flops_of_out_proj():
+    b, l, d, n, c = 2, 5, 8, 4, 3
+    p, (xz, *_) = parameters(d, n, 2), inputs(b, l, d, n)
+    weight, bias = out_projection(c, d)
+    matrix, again = 2 * b * l * d * c, b * l * d
+
+    def count(**out_proj):
+        t = leaves([xz, *p])
+        with FlopCounterMode(display=False) as forward:
+            loss = mixer_inner(*t, **out_proj)[0].sum()
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+        return forward.get_total_flops(), backward.get_total_flops()
+
+    plain, fused = count(), count(out_proj_weight=weight, out_proj_bias=bias)
+    assert (fused[0] - plain[0], fused[1] - plain[1]) == (matrix, 2 * matrix + again)
+    first = 2 * b * l * 2 * d * 2 * d  # xz stands for its own input: as many channels
+    both = count(out_proj_weight=weight, in_proj_weight=torch.zeros(2 * d, 2 * d))
+    assert (both[0] - fused[0], both[1] - fused[1]) == (first, 3 * first)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -391,6 +605,10 @@ def test_flops_are_counted_by_hand():
         ),
         (dict(scale=0.5), "scale=0.5 weighs the sum of two directions"),
         (dict(conv_weight_b=torch.zeros(8, 4)), "needs x_proj_weight_b, A_b, dt_proj_weight_b too"),
+        (dict(out_proj_weight=torch.zeros(5, 7)), r"out_proj_weight must be \(c, d\) with d = 8, got \(5, 7\)"),
+        (dict(in_proj_weight=torch.zeros(16, 15)), r"in_proj_weight must be \(2d, c\) with c = 16, got \(16, 15\)"),
+        (dict(out_proj_bias=torch.zeros(5)), "out_proj_bias needs out_proj_weight too"),
+        (dict(out_proj_weight=torch.zeros(5, 8), out_proj_bias=torch.zeros(4)), r"out_proj_bias must have shape"),
         (dict(backend="gpu"), "backend must be 'auto' or one of"),
         (dict(plan="fast"), "plan must be 'auto' or 'invariant'"),
     ],

@@ -81,8 +81,13 @@ def bwd(
     frames: int,
     max_seqlen: int,
     plan: str,
+    dz: Tensor | None = None,
+    y: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """-> the gradients in the order of the inputs, dx to dinitial_state_b; an empty tensor for each absent input."""
+    """-> the gradients in the order of the inputs, dx to dinitial_state_b; an empty tensor for each absent input.
+
+    dz: where to write it.  y: gets the output of the forward again.
+    """
     ds = scale * gate_ds(dy, x, z)
     s, dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial_state = scan_bwd(
         ds, dfinal_state, x, dt, A, B, C, D, dt_bias, initial_state,
@@ -92,7 +97,10 @@ def bwd(
         ds, dfinal_state_b, x_b, dt_b, A_b, B_b, C_b, D_b, dt_bias_b, initial_state_b,
         cu_seqlens, mask, chunk_states_b, dt_softplus, True, frames,
     )  # fmt: skip
-    dz = gate_dz(dy, scale * (s + s_b), x, z)
+    s = scale * (s + s_b)
+    if y is not None:
+        y.copy_(gate(s, z))
+    dz = gate_dz(dy, s, x, z, dz)
     return (
         dx, ddt, dA, dB, dC, dx_b, ddt_b, dA_b, dB_b, dC_b,
         dD, dD_b, dz, ddt_bias, ddt_bias_b, dinitial_state, dinitial_state_b,

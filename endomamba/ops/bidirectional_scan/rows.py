@@ -82,6 +82,8 @@ def bwd(
     frames: int,
     max_seqlen: int,
     plan: str,
+    dz: Tensor | None = None,
+    y: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     sides = (
         Direction(x, dt, A, B, C, D, dt_bias, initial_state, False),
@@ -90,6 +92,7 @@ def bwd(
     dz, (first, second) = scan_bwd(
         dy, (dfinal_state, dfinal_state_b), sides, z, cu_seqlens, mask, (chunk_states, chunk_states_b),
         scale=scale, dt_softplus=dt_softplus, frames=frames, max_seqlen=max_seqlen, plan=plan,
+        dz=dz, y=y,
     )  # fmt: skip
     dx, ddt, dA, dB, dC, dD, ddt_bias, dstate = first
     dx_b, ddt_b, dA_b, dB_b, dC_b, dD_b, ddt_bias_b, dstate_b = second

@@ -67,9 +67,9 @@ def causal_conv1d_fwd(x, weight, bias, initial_state, cu_seqlens, silu, reverse,
     return y, final_state
 
 
-def causal_conv1d_bwd(dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, silu, reverse, frames):
+def causal_conv1d_bwd(dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, silu, reverse, frames, dx=None):
     cu_seqlens = _int64(cu_seqlens)
-    dx = x.new_empty(x.shape)
+    dx = x.new_empty(x.shape) if dx is None else dx
     dstate = weight.new_empty(0 if initial_state is None else initial_state.shape)
     args = _arguments(x, weight, cu_seqlens, silu, frames)
     args.reverse = reverse
@@ -92,9 +92,9 @@ def bidirectional_conv1d_fwd(x, weight, bias, weight_b, bias_b, cu_seqlens, silu
     return y, y_b
 
 
-def bidirectional_conv1d_bwd(dy, dy_b, x, weight, bias, weight_b, bias_b, cu_seqlens, silu, frames):
+def bidirectional_conv1d_bwd(dy, dy_b, x, weight, bias, weight_b, bias_b, cu_seqlens, silu, frames, dx=None):
     cu_seqlens = _int64(cu_seqlens)
-    dx = x.new_empty(x.shape)
+    dx = x.new_empty(x.shape) if dx is None else dx
     args = _arguments(x, weight, cu_seqlens, silu, frames)
     args.dx = view(dx)
     dir, dweight, dbias = _backward_direction(weight, bias, dy)

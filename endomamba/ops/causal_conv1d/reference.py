@@ -30,9 +30,11 @@ def causal_conv1d_fwd(x, weight, bias, initial_state, cu_seqlens, apply_silu, re
     return y, torch.stack(states) if states else weight.new_empty(0, weight.shape[1] - 1, x.shape[2])
 
 
-def causal_conv1d_bwd(dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, apply_silu, reverse, frames):
+def causal_conv1d_bwd(
+    dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, apply_silu, reverse, frames, dx=None
+):
     width = weight.shape[1]
-    dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
     dweight = torch.zeros(weight.shape, dtype=weight.dtype, device=x.device)
     dbias = weight.new_zeros(0 if bias is None else bias.shape)
     dstate = weight.new_zeros(0 if initial_state is None else initial_state.shape)
@@ -63,14 +65,15 @@ def bidirectional_conv1d_fwd(x, weight, bias, weight_b, bias_b, cu_seqlens, appl
     return y, y_b
 
 
-def bidirectional_conv1d_bwd(dy, dy_b, x, weight, bias, weight_b, bias_b, cu_seqlens, apply_silu, frames):
+def bidirectional_conv1d_bwd(dy, dy_b, x, weight, bias, weight_b, bias_b, cu_seqlens, apply_silu, frames, dx=None):
     # The sum of the two directions is rounded once: their parts of dx come in the accumulator's dtype.
     wide = x.to(weight.dtype)
     forward = causal_conv1d_bwd(dy, None, wide, weight, bias, None, cu_seqlens, apply_silu, False, frames)
     backward = causal_conv1d_bwd(dy_b, None, wide, weight_b, bias_b, None, cu_seqlens, apply_silu, True, frames)
-    dx, dweight, dbias, _ = forward
+    dx_f, dweight, dbias, _ = forward
     dx_b, dweight_b, dbias_b, _ = backward
-    return (dx + dx_b).to(x.dtype), dweight, dbias, dweight_b, dbias_b
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
+    return dx.copy_(dx_f + dx_b), dweight, dbias, dweight_b, dbias_b
 
 
 def _sequences(x: Tensor, cu_seqlens: Tensor | None, frames: int, reverse: bool) -> Iterator[tuple[int, int, Tensor]]:

@@ -85,6 +85,7 @@ def _conv1d_bwd_kernel(
     stride_x_b,
     stride_x_l,
     stride_x_d,
+    stride_dx,  # between its tokens
     stride_dy_b,
     stride_dy_l,
     stride_dy_d,
@@ -116,7 +117,9 @@ def _conv1d_bwd_kernel(
     own = tl.minimum(rest, chunk)
     mask = column_mask(channel, d, EVEN_D)
     x_walk = begin(x_ptr, row, start, first, length, channel, stride_x_b, stride_x_l, stride_x_d, frames, REVERSE)
-    dx_walk = begin(dx_ptr, row, start, first, length, channel, l.to(tl.int64) * d, d, 1, frames, REVERSE)
+    dx_walk = begin(
+        dx_ptr, row, start, first, length, channel, l.to(tl.int64) * stride_dx, stride_dx, 1, frames, REVERSE
+    )
     taps, bias = parameters(weight_ptr, bias_ptr, channel, d, W)
     if dy_ptr is not None:
         dy_walk = begin(
@@ -261,6 +264,7 @@ def _launch(x, dx, direction, direction_b, gradients, gradients_b, states, cu_se
                 partial,
                 cu_seqlens,
                 *strides(x),
+                dx.stride(1),
                 *_strides(dy),
                 *_strides(dy_b),
                 l,
@@ -299,11 +303,11 @@ def _or_empty(gradient, weight):
     return weight.new_empty(0) if gradient is None else gradient
 
 
-def causal_conv1d_bwd(dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, silu, reverse, frames):
+def causal_conv1d_bwd(dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, silu, reverse, frames, dx=None):
     weight, bias, initial_state, dfinal_state, cu_seqlens = contiguous(
         weight, bias, initial_state, dfinal_state, cu_seqlens
     )
-    dx = x.new_empty(x.shape)
+    dx = x.new_empty(x.shape) if dx is None else dx
     gradients = _gradients(weight, bias)
     dstate = None if initial_state is None else weight.new_empty(initial_state.shape)
     states = (initial_state, dstate, dfinal_state)
@@ -312,9 +316,9 @@ def causal_conv1d_bwd(dy, dfinal_state, x, weight, bias, initial_state, cu_seqle
     return dx, gradients[0], _or_empty(gradients[1], weight), _or_empty(dstate, weight)
 
 
-def bidirectional_conv1d_bwd(dy, dy_b, x, weight, bias, weight_b, bias_b, cu_seqlens, silu, frames):
+def bidirectional_conv1d_bwd(dy, dy_b, x, weight, bias, weight_b, bias_b, cu_seqlens, silu, frames, dx=None):
     weight, bias, weight_b, bias_b, cu_seqlens = contiguous(weight, bias, weight_b, bias_b, cu_seqlens)
-    dx = x.new_empty(x.shape)
+    dx = x.new_empty(x.shape) if dx is None else dx
     gradients, gradients_b = _gradients(weight, bias), _gradients(weight_b, bias_b)
     _launch(
         x,

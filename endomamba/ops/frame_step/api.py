@@ -43,7 +43,7 @@ def frame_step(
         )
     if xz.shape[1] < 1:
         raise ValueError(f"{op}: needs at least one token, got xz of shape {tuple(xz.shape)}")
-    w, n = _check_side(op, "", xz, *parameters)
+    w, n = _check_side(op, "", xz, *parameters, xz.shape[2])
     b, d = xz.shape[0], A.shape[0]
     check_shape(op, "conv_state", conv_state, (b, w - 1, d), "(b, w - 1, d) = ")
     check_shape(op, "ssm_state", ssm_state, (b, d, n), "(b, d, n) = ")

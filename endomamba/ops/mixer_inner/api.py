@@ -1,4 +1,4 @@
-"""The public mixer_inner: everything of a Mamba mixer between its two large projections, as one autograd op."""
+"""The public mixer_inner: all of a Mamba mixer, with or without its two large projections, as one autograd op."""
 
 from __future__ import annotations
 
@@ -38,6 +38,10 @@ def mixer_inner(
     A_b: Tensor | None = None,
     D_b: Tensor | None = None,
     *,
+    out_proj_weight: Tensor | None = None,
+    out_proj_bias: Tensor | None = None,
+    in_proj_weight: Tensor | None = None,
+    in_proj_bias: Tensor | None = None,
     initial_conv_state: Tensor | None = None,
     initial_ssm_state: Tensor | None = None,
     return_final_state: bool = False,
@@ -50,24 +54,29 @@ def mixer_inner(
     plan: str = "auto",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """From in_proj's output to out_proj's input; causal, or both ways if the second set of parameters (_b) is given.
+    """From in_proj's output or input to out_proj's input or output; causal, or both ways if a second set (_b) is given.
 
-        x, z      = xz
+        x, z      = xz = hidden @ in_proj_weight.T + in_proj_bias     (or given)
         u         = silu(conv(x))
         dt, B, C  = u @ x_proj_weight.T            (r + n + n columns), dt @ dt_proj_weight.T
         y         = scan(u, softplus(dt + dt_bias), A, B, C, D) * silu(z)
+        out       = y @ out_proj_weight.T + out_proj_bias     (where given)
 
     Both ways (as in Vim): y = scale * (scan + reverse scan_b) * silu(z), each direction with its own u, dt, B, C.
 
     xz: (b, l, 2d), x first  conv_weight: (d, w)  conv_bias, dt_bias, D: (d,)
     x_proj_weight: (r + 2n, d)  dt_proj_weight: (d, r)  A: (d, n), negative
     initial_conv_state: (b, w - 1, d), newest last  initial_ssm_state: (b, d, n); causal only, both fp32
-    -> y (b, l, d) in the dtype of xz, final conv state and final ssm state (None unless return_final_state).
+    out_proj_weight: (c, d)  out_proj_bias: (c,)  in_proj_weight: (2d, c)  in_proj_bias: (2d,)
+    -> out (b, l, c), or without out_proj_weight y (b, l, d), in the dtype of xz, final conv state and final ssm state
+    (None unless return_final_state).
 
     reverse, order, frames, cu_seqlens, max_seqlen, plan, backend: as in `selective_scan`.
 
     The projections run in the dtype of xz (under autocast: the autocast dtype), conv, softplus, scan, states in fp32.
-    Saved for backward: the arguments and one state per 64 tokens; conv, projections and softplus are computed again.
+    Saved for backward: the arguments and one state per 64 tokens; conv, projections, softplus and y are computed again.
+    y is what an out_proj of its own would save; with out_proj_weight nobody does.  With in_proj_weight the first
+    argument is in_proj's input (b, l, c), and xz, the largest of all, is computed again too: one more matrix product.
     Gradients for every tensor, states included; no double backward.
     """
     op = "mixer_inner"
@@ -79,7 +88,8 @@ def mixer_inner(
         xz = xz.to(torch.get_autocast_dtype(xz.device.type))
     sequences = check_packed(op, cu_seqlens, max_seqlen, xz.shape[0])
     walk = walk_frames(op, xz.shape[1], order, frames, cu_seqlens is not None)
-    w, n = _check_side(op, "", xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_bias, A, D)
+    wide = _check_linear(op, "in_proj", xz, in_proj_weight, in_proj_bias, "(2d, c) with c", xz.shape[2])
+    w, n = _check_side(op, "", xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_bias, A, D, wide)
     side_b = (conv_weight_b, conv_bias_b, x_proj_weight_b, dt_proj_weight_b, dt_bias_b, A_b, D_b)
     states = (initial_conv_state, initial_ssm_state)
     bidirectional = any(t is not None for t in side_b)
@@ -88,7 +98,7 @@ def mixer_inner(
         missing = [name for name, t in {**required, "dt_proj_weight_b": dt_proj_weight_b}.items() if t is None]
         if missing:
             raise ValueError(f"{op}: the second direction needs {', '.join(missing)} too")
-        w_b, n_b = _check_side(op, "_b", xz, *side_b)
+        w_b, n_b = _check_side(op, "_b", xz, *side_b, wide)
         if (w_b, n_b) != (w, n):
             raise ValueError(f"{op}: both directions must share (w, n) = {(w, n)}, got {(w_b, n_b)} for the second")
         if return_final_state or any(t is not None for t in states):
@@ -98,7 +108,8 @@ def mixer_inner(
     elif scale != 1.0:
         raise ValueError(f"{op}: scale={scale} weighs the sum of two directions, the causal form has none")
     check_device(op, xz.device, cu_seqlens=cu_seqlens)
-    d = xz.shape[2] // 2
+    d = wide // 2
+    _check_linear(op, "out_proj", xz, out_proj_weight, out_proj_bias, "(c, d) with d", d)
     for name, state, shape in zip(_STATES, states, ((sequences, w - 1, d), (sequences, d, n)), strict=True):
         if state is not None:
             check_shape(op, name, state, shape, "(sequences, w - 1, d) or (sequences, d, n) = ")
@@ -112,23 +123,40 @@ def mixer_inner(
     tensors = (
         xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_bias, A, D,
         conv_weight_b, conv_bias_b, x_proj_weight_b, dt_proj_weight_b, dt_bias_b, A_b, D_b,
-        initial_conv_state, initial_ssm_state,
+        initial_conv_state, initial_ssm_state, out_proj_weight, out_proj_bias,
+        in_proj_weight, in_proj_bias,
     )  # fmt: skip
-    y, conv_state, ssm_state, *_ = mixer_inner_op(
+    out, conv_state, ssm_state, *_ = mixer_inner_op(
         *tensors, cu_seqlens, scale, reverse, walk, max_seqlen or 0, return_final_state,
         needs_grad(*tensors), effective_plan(plan), backend,
     )  # fmt: skip
-    return (y, conv_state, ssm_state) if return_final_state else (y, None, None)
+    return (out, conv_state, ssm_state) if return_final_state else (out, None, None)
 
 
 _STATES = ("initial_conv_state", "initial_ssm_state")
 
 
-def _check_side(op, side, xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_bias, A, D) -> tuple[int, int]:
-    """Checks the parameters of one direction; returns (w, n)."""
-    if xz.shape[2] % 2:
-        raise ValueError(f"{op}: xz must be (b, l, 2d), got an odd last size in {tuple(xz.shape)}")
-    d = xz.shape[2] // 2
+def _check_linear(op, name, xz, weight, bias, meaning, size) -> int:
+    """Checks a projection of `size` inputs; returns the number of its outputs, without a weight `size`."""
+    if weight is None:
+        if bias is not None:
+            raise ValueError(f"{op}: {name}_bias needs {name}_weight too")
+        return size
+    if weight.ndim != 2 or weight.shape[1] != size:
+        raise ValueError(f"{op}: {name}_weight must be {meaning} = {size}, got {tuple(weight.shape)}")
+    if bias is not None:
+        check_shape(op, f"{name}_bias", bias, weight.shape[:1], "(outputs,) = ")
+    check_device(op, xz.device, **{f"{name}_weight": weight, f"{name}_bias": bias})
+    return weight.shape[0]
+
+
+def _check_side(
+    op, side, xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_bias, A, D, wide
+) -> tuple[int, int]:
+    """Checks the parameters of one direction; returns (w, n).  wide: 2d."""
+    if wide % 2:
+        raise ValueError(f"{op}: xz must be (b, l, 2d), got an odd last size {wide}")
+    d = wide // 2
     if conv_weight.ndim != 2 or conv_weight.shape[0] != d:
         raise ValueError(f"{op}: conv_weight{side} must be (d, w) with d = {d}, got {tuple(conv_weight.shape)}")
     if A.ndim != 2 or A.shape[0] != d:

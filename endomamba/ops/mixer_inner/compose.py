@@ -1,6 +1,7 @@
 """mixer_inner from the conv and scan kernels of one back end, forward and its backward by hand.
 
-Letters: b sequences, l tokens, d channels, n state size, r dt rank, w conv width.  u is the convolved input.
+Letters: b sequences, l tokens, d channels, n state size, r dt rank, w conv width, c channels of the model.
+u is the convolved input, y the gated sum of the scans.
 """
 
 from __future__ import annotations
@@ -25,6 +26,16 @@ class Side(NamedTuple):
     dt_bias: Tensor | None
     A: Tensor
     D: Tensor | None
+
+
+class Linear(NamedTuple):
+    """in_proj, (2d, c) and (2d,), or out_proj, (c, d) and (c,); without a weight it does nothing."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+IDENTITY = Linear(None, None)
 
 
 class Walk(NamedTuple):
@@ -78,9 +89,14 @@ def fwd(
     scale: float,
     return_final_state: bool,
     save_states: bool,
+    out_proj: Linear = IDENTITY,
+    in_proj: Linear = IDENTITY,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> y, final conv state, final ssm state, chunk states of both directions; empty where not asked for."""
-    x, z = xz.chunk(2, dim=-1)
+    """-> out, final conv state, final ssm state, chunk states of both directions; empty where not asked for.
+
+    xz is the input of in_proj where that is given.
+    """
+    x, z = _linear(xz, in_proj).chunk(2, dim=-1)
     if side_b is None:
         u, conv_state = _conv(backend, x, side, initial_conv_state, walk, return_final_state)
         dt, B, C, _ = project(u, side)
@@ -88,7 +104,7 @@ def fwd(
             u, dt, side.A, B, C, side.D, z, side.dt_bias, initial_ssm_state, walk.cu_seqlens, None,
             True, walk.reverse, walk.frames, walk.max_seqlen, return_final_state, save_states, False, walk.plan,
         )  # fmt: skip
-        return y, conv_state, ssm_state, chunks, empty(xz, dtype=chunks.dtype)
+        return _linear(y, out_proj), conv_state, ssm_state, chunks, empty(xz, dtype=chunks.dtype)
     u, u_b = _conv_both(backend, x, side, side_b, walk)
     dt, B, C, _ = project(u, side)
     dt_b, B_b, C_b, _ = project(u_b, side_b)
@@ -97,12 +113,13 @@ def fwd(
         None, None, walk.cu_seqlens, None,
         scale, True, walk.frames, walk.max_seqlen, False, save_states, False, walk.plan,
     )  # fmt: skip
-    return y, empty(xz, dtype=chunks.dtype), empty(xz, dtype=chunks.dtype), chunks, chunks_b
+    absent = (empty(xz, dtype=chunks.dtype) for _ in range(2))
+    return _linear(y, out_proj), *absent, chunks, chunks_b
 
 
 def bwd(
     backend: str,
-    dy: Tensor | None,
+    dout: Tensor | None,
     dconv_state: Tensor | None,
     dssm_state: Tensor | None,
     xz: Tensor,
@@ -114,46 +131,78 @@ def bwd(
     chunks_b: Tensor,
     walk: Walk,
     scale: float,
-) -> tuple[Tensor, Side, Side | None, Tensor, Tensor]:
-    """-> dxz, the gradients of both sides, dinitial_conv_state, dinitial_ssm_state; empty for absent inputs."""
+    out_proj: Linear,
+    in_proj: Linear,
+) -> tuple[Tensor, Side, Side | None, Tensor, Tensor, Linear, Linear]:
+    """-> dxz, the gradients of both sides, dinitial_conv_state, dinitial_ssm_state, those of out_proj, in_proj; empty
+    for absent inputs.
+    """
+    hidden, xz = xz, _linear(xz, in_proj)
+    dxz = empty(xz, *xz.shape, dtype=xz.dtype)
     x, z = xz.chunk(2, dim=-1)
+    dx, dz = dxz.chunk(2, dim=-1)
+    dy = _linear_dx(dout, out_proj)
+    y = None if dout is None or out_proj.weight is None else empty(x, *x.shape, dtype=x.dtype)
     if side_b is None:
         u, _ = _conv(backend, x, side, initial_conv_state, walk, False)
         projected = project(u, side)
-        du, ddt, dA, dB, dC, dD, dz, ddt_bias, dssm = TABLES["selective_scan"][backend].bwd(
+        du, ddt, dA, dB, dC, dD, _, ddt_bias, dssm = TABLES["selective_scan"][backend].bwd(
             dy, dssm_state, u, *projected[:1], side.A, *projected[1:3], side.D, z, side.dt_bias, initial_ssm_state,
             walk.cu_seqlens, None, chunks, True, walk.reverse, walk.frames, walk.max_seqlen, walk.plan,
+            dz, y,
         )  # fmt: skip
         du, dx_proj, ddt_proj = project_backward(u, side, projected, du, ddt, dB, dC)
-        dx, dweight, dbias, dconv = TABLES["causal_conv1d"][backend].bwd(
+        _, dweight, dbias, dconv = TABLES["causal_conv1d"][backend].bwd(
             du, dconv_state, x, side.conv_weight, side.conv_bias, initial_conv_state,
-            walk.cu_seqlens, True, walk.reverse, walk.frames,
+            walk.cu_seqlens, True, walk.reverse, walk.frames, dx,
         )  # fmt: skip
-        return torch.cat((dx, dz), -1), Side(dweight, dbias, dx_proj, ddt_proj, ddt_bias, dA, dD), None, dconv, dssm
-    u, u_b = _conv_both(backend, x, side, side_b, walk)
-    projected, projected_b = project(u, side), project(u_b, side_b)
-    dt, B, C, _ = projected
-    dt_b, B_b, C_b, _ = projected_b
-    (
-        du, ddt, dA, dB, dC, du_b, ddt_b, dA_b, dB_b, dC_b, dD, dD_b, dz, ddt_bias, ddt_bias_b, *_,
-    ) = TABLES["bidirectional_scan"][backend].bwd(
-        dy, None, None, u, dt, side.A, B, C, u_b, dt_b, side_b.A, B_b, C_b, side.D, side_b.D, z,
-        side.dt_bias, side_b.dt_bias, None, None, walk.cu_seqlens, None, chunks, chunks_b,
-        scale, True, walk.frames, walk.max_seqlen, walk.plan,
-    )  # fmt: skip
-    du, dx_proj, ddt_proj = project_backward(u, side, projected, du, ddt, dB, dC)
-    du_b, dx_proj_b, ddt_proj_b = project_backward(u_b, side_b, projected_b, du_b, ddt_b, dB_b, dC_b)
-    dx, dweight, dbias, dweight_b, dbias_b = TABLES["bidirectional_conv1d"][backend].bwd(
-        du, du_b, x, side.conv_weight, side.conv_bias,
-        side_b.conv_weight, side_b.conv_bias, walk.cu_seqlens, True, walk.frames,
-    )  # fmt: skip
-    absent = (empty(xz, dtype=dA.dtype) for _ in range(2))
-    return (
-        torch.cat((dx, dz), -1),
-        Side(dweight, dbias, dx_proj, ddt_proj, ddt_bias, dA, dD),
-        Side(dweight_b, dbias_b, dx_proj_b, ddt_proj_b, ddt_bias_b, dA_b, dD_b),
-        *absent,
-    )
+        dside = Side(dweight, dbias, dx_proj, ddt_proj, ddt_bias, dA, dD)
+        dside_b = None
+    else:
+        u, u_b = _conv_both(backend, x, side, side_b, walk)
+        projected, projected_b = project(u, side), project(u_b, side_b)
+        dt, B, C, _ = projected
+        dt_b, B_b, C_b, _ = projected_b
+        (
+            du, ddt, dA, dB, dC, du_b, ddt_b, dA_b, dB_b, dC_b, dD, dD_b, _, ddt_bias, ddt_bias_b, *_,
+        ) = TABLES["bidirectional_scan"][backend].bwd(
+            dy, None, None, u, dt, side.A, B, C, u_b, dt_b, side_b.A, B_b, C_b, side.D, side_b.D, z,
+            side.dt_bias, side_b.dt_bias, None, None, walk.cu_seqlens, None, chunks, chunks_b,
+            scale, True, walk.frames, walk.max_seqlen, walk.plan, dz, y,
+        )  # fmt: skip
+        du, dx_proj, ddt_proj = project_backward(u, side, projected, du, ddt, dB, dC)
+        du_b, dx_proj_b, ddt_proj_b = project_backward(u_b, side_b, projected_b, du_b, ddt_b, dB_b, dC_b)
+        _, dweight, dbias, dweight_b, dbias_b = TABLES["bidirectional_conv1d"][backend].bwd(
+            du, du_b, x, side.conv_weight, side.conv_bias,
+            side_b.conv_weight, side_b.conv_bias, walk.cu_seqlens, True, walk.frames, dx,
+        )  # fmt: skip
+        dside = Side(dweight, dbias, dx_proj, ddt_proj, ddt_bias, dA, dD)
+        dside_b = Side(dweight_b, dbias_b, dx_proj_b, ddt_proj_b, ddt_bias_b, dA_b, dD_b)
+        dconv, dssm = (empty(xz, dtype=dA.dtype) for _ in range(2))
+    dout_proj = _linear_dweight(xz, dout, y, out_proj)
+    din_proj = _linear_dweight(xz, dxz, hidden, in_proj)
+    return _linear_dx(dxz, in_proj), dside, dside_b, dconv, dssm, dout_proj, din_proj
+
+
+def _linear(x: Tensor, by: Linear) -> Tensor:
+    """In the dtype of x."""
+    if by.weight is None:
+        return x
+    return F.linear(x, by.weight.to(x.dtype), None if by.bias is None else by.bias.to(x.dtype))
+
+
+def _linear_dx(dout: Tensor | None, by: Linear) -> Tensor | None:
+    return dout if by.weight is None or dout is None else dout @ by.weight.to(dout.dtype)
+
+
+def _linear_dweight(beside: Tensor, dout: Tensor | None, x: Tensor | None, by: Linear) -> Linear:
+    """The gradients, in the dtypes of weight and bias; empty where those are absent."""
+    if by.weight is None or dout is None:
+        return Linear(*(empty(beside, dtype=torch.float32) if t is None else torch.zeros_like(t) for t in by))
+    rows = dout.flatten(0, 1)
+    dweight = (rows.mT @ x.flatten(0, 1)).to(by.weight.dtype)
+    dbias = empty(beside, dtype=torch.float32) if by.bias is None else rows.sum(0, dtype=by.bias.dtype)
+    return Linear(dweight, dbias)
 
 
 def _conv(

@@ -16,8 +16,9 @@ from .._scan import chunk_states_shape, empty, state_dtype
 from ..causal_conv1d import op as _conv  # noqa: F401  the composition calls its kernels
 from ..selective_scan.op import direction_backward_flops, direction_flops
 from . import compose
-from .compose import Side, Walk
+from .compose import Linear, Side, Walk
 
+TENSORS = 21  # from xz to in_proj_bias; cu_seqlens follows
 BACKENDS = register(
     "mixer_inner",
     {
@@ -47,6 +48,10 @@ def mixer_inner_op(
     D_b: Tensor | None,
     initial_conv_state: Tensor | None,
     initial_ssm_state: Tensor | None,
+    out_proj_weight: Tensor | None,
+    out_proj_bias: Tensor | None,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
     reverse: bool,
@@ -57,14 +62,15 @@ def mixer_inner_op(
     plan: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> y (b, l, d), final conv state, final ssm state, chunk_states, chunk_states_b."""
+    """-> out (b, l, c), or y (b, l, d) without out_proj, final conv and ssm state, chunk_states, chunk_states_b."""
     side = Side(conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_bias, A, D)
     side_b = _side_b(conv_weight_b, conv_bias_b, x_proj_weight_b, dt_proj_weight_b, dt_bias_b, A_b, D_b)
     walk = Walk(cu_seqlens, reverse, frames, max_seqlen, plan)
     with torch.autocast(xz.device.type, enabled=False):  # the projections already have their dtype
         return choose("mixer_inner", backend, xz).fwd(
-            xz, side, side_b, initial_conv_state, initial_ssm_state, walk, scale, return_final_state, save_states
-        )
+            xz, side, side_b, initial_conv_state, initial_ssm_state, walk, scale, return_final_state, save_states,
+            Linear(out_proj_weight, out_proj_bias), Linear(in_proj_weight, in_proj_bias),
+        )  # fmt: skip
 
 
 def _side_b(*parameters: Tensor | None) -> Side | None:
@@ -75,22 +81,25 @@ def _side_b(*parameters: Tensor | None) -> Side | None:
 def _(
     xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_bias, A, D,
     conv_weight_b, conv_bias_b, x_proj_weight_b, dt_proj_weight_b, dt_bias_b, A_b, D_b,
-    initial_conv_state, initial_ssm_state, cu_seqlens,
+    initial_conv_state, initial_ssm_state, out_proj_weight, out_proj_bias,
+    in_proj_weight, in_proj_bias, cu_seqlens,
     scale, reverse, frames, max_seqlen, return_final_state, save_states, plan, backend,
 ):  # fmt: skip
     wide = state_dtype(xz)
     sequences = xz.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    y = empty(xz, xz.shape[0], xz.shape[1], A.shape[0], dtype=xz.dtype)
+    x = empty(xz, xz.shape[0], xz.shape[1], A.shape[0], dtype=xz.dtype)
+    channels = (A if out_proj_weight is None else out_proj_weight).shape[0]
+    out = empty(xz, xz.shape[0], xz.shape[1], channels, dtype=xz.dtype)
     conv_shape = (sequences, conv_weight.shape[1] - 1, A.shape[0]) if return_final_state else ()
     ssm_shape = (sequences, *A.shape) if return_final_state else ()
-    chunks = chunk_states_shape(y, A, cu_seqlens) if save_states else ()
+    chunks = chunk_states_shape(x, A, cu_seqlens) if save_states else ()
     chunks_b = chunks if conv_weight_b is not None else ()
-    return y, *(empty(xz, *shape, dtype=wide) for shape in (conv_shape, ssm_shape, chunks, chunks_b))
+    return out, *(empty(xz, *shape, dtype=wide) for shape in (conv_shape, ssm_shape, chunks, chunks_b))
 
 
 @torch.library.custom_op("endomamba::mixer_inner_backward", mutates_args=())
 def mixer_inner_backward_op(
-    dy: Tensor | None,
+    dout: Tensor | None,
     dconv_state: Tensor | None,
     dssm_state: Tensor | None,
     xz: Tensor,
@@ -110,6 +119,10 @@ def mixer_inner_backward_op(
     D_b: Tensor | None,
     initial_conv_state: Tensor | None,
     initial_ssm_state: Tensor | None,
+    out_proj_weight: Tensor | None,
+    out_proj_bias: Tensor | None,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
     cu_seqlens: Tensor | None,
     chunk_states: Tensor,
     chunk_states_b: Tensor,
@@ -120,22 +133,23 @@ def mixer_inner_backward_op(
     plan: str,
     backend: str,
 ) -> list[Tensor]:
-    """-> the gradients of the 17 tensors from xz to initial_ssm_state, in their order."""
+    """-> the gradients of the 21 tensors from xz to in_proj_bias, in their order."""
     side = Side(conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_bias, A, D)
     side_b = _side_b(conv_weight_b, conv_bias_b, x_proj_weight_b, dt_proj_weight_b, dt_bias_b, A_b, D_b)
     walk = Walk(cu_seqlens, reverse, frames, max_seqlen, plan)
     with torch.autocast(xz.device.type, enabled=False):
-        dxz, dside, dside_b, dconv, dssm = choose("mixer_inner", backend, xz).bwd(
-            dy, dconv_state, dssm_state, xz, side, side_b, initial_conv_state, initial_ssm_state,
+        dxz, dside, dside_b, dconv, dssm, dout_proj, din_proj = choose("mixer_inner", backend, xz).bwd(
+            dout, dconv_state, dssm_state, xz, side, side_b, initial_conv_state, initial_ssm_state,
             chunk_states, chunk_states_b, walk, scale,
+            Linear(out_proj_weight, out_proj_bias), Linear(in_proj_weight, in_proj_bias),
         )  # fmt: skip
     absent = [empty(xz, dtype=torch.float32) for _ in range(7)] if dside_b is None else dside_b
-    return [dxz, *dside, *absent, dconv, dssm]
+    return [dxz, *dside, *absent, dconv, dssm, *dout_proj, *din_proj]
 
 
 @mixer_inner_backward_op.register_fake
-def _(dy, dconv_state, dssm_state, *args):
-    tensors = args[:17]
+def _(dout, dconv_state, dssm_state, *args):
+    tensors = args[:TENSORS]
     return [empty(tensors[0], *(() if t is None else t.shape), dtype=_gradient_dtype(t)) for t in tensors]
 
 
@@ -152,12 +166,12 @@ def _setup_context(ctx, inputs, output):
     ctx.flags = scale, reverse, frames, max_seqlen, plan, backend
 
 
-def _backward(ctx, dy, dconv_state, dssm_state, *_):
+def _backward(ctx, dout, dconv_state, dssm_state, *_):
     tensors = ctx.saved_tensors
-    if tensors[18].ndim != 4:
+    if tensors[TENSORS + 1].ndim != 4:
         raise RuntimeError("mixer_inner: backward needs the chunk states; the private op ran with save_states=False")
-    gradients = mixer_inner_backward_op(dy, dconv_state, dssm_state, *tensors, *ctx.flags)
-    inputs = zip(gradients, tensors[:17], strict=True)
+    gradients = mixer_inner_backward_op(dout, dconv_state, dssm_state, *tensors, *ctx.flags)
+    inputs = zip(gradients, tensors[:TENSORS], strict=True)
     return *(None if t is None else gradient for gradient, t in inputs), *(None,) * 9
 
 
@@ -169,6 +183,10 @@ def _double_backward(ctx, *gradients):
 
 
 mixer_inner_backward_op.register_autograd(_double_backward)
+
+
+def _linear_flops(shape, weight_shape) -> int:
+    return 0 if weight_shape is None else 2 * shape[0] * shape[1] * weight_shape[0] * weight_shape[1]
 
 
 def _matrix_flops(xz_shape, conv_shape, x_proj_shape, dt_proj_shape) -> int:
@@ -194,16 +212,27 @@ def mixer_flops(xz_shape, sides) -> int:
     return total
 
 
+def _wide(shape, A_shape):
+    """The shape of xz, which is not there where in_proj is."""
+    return *shape[:2], 2 * A_shape[0]
+
+
 @register_flop_formula(torch.ops.endomamba.mixer_inner)
 def _(xz_shape, *args, out_shape=None, **kwargs) -> int:
-    return mixer_flops(xz_shape, _sides(args))
+    linear = _linear_flops(xz_shape, args[16]) + _linear_flops(xz_shape, args[18])
+    return mixer_flops(_wide(xz_shape, args[5]), _sides(args)) + linear
 
 
 @register_flop_formula(torch.ops.endomamba.mixer_inner_backward)
-def _(dy_shape, dconv_shape, dssm_shape, xz_shape, *args, out_shape=None, **kwargs) -> int:
-    """Each matrix product again and its two gradients; the scan as in its own backward; 7 a token and channel for z."""
-    b, l, channels = xz_shape
+def _(dout_shape, dconv_shape, dssm_shape, xz_shape, *args, out_shape=None, **kwargs) -> int:
+    """Each matrix product again and its two gradients; the scan as in its own backward; 7 a token and channel for z.
+
+    Of out_proj the two gradients, and y again (1 a token and channel).
+    """
+    b, l, channels = xz_shape = _wide(xz_shape, args[5])
     x_shape, total = (b, l, channels // 2), 7 * b * l * channels // 2
     for conv, x_proj, dt_proj, A, D in _sides(args):
         total += 3 * _matrix_flops(xz_shape, conv, x_proj, dt_proj) + direction_backward_flops(x_shape, A, D, True)
-    return total
+    if args[16] is not None:
+        total += 2 * _linear_flops(xz_shape, args[16]) + b * l * channels // 2
+    return total + 3 * _linear_flops(xz_shape, args[18])

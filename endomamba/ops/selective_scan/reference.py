@@ -67,14 +67,21 @@ def bwd(
     frames: int,
     max_seqlen: int,
     plan: str,
+    dz: Tensor | None = None,
+    y: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """-> dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state; an empty tensor for each absent input."""
+    """-> dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state; an empty tensor for each absent input.
+
+    dz: where to write it.  y: gets the output of the forward again.
+    """
     ds = gate_ds(dy, x, z)
     s, dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial_state = scan_bwd(
         ds, dfinal_state, x, dt, A, B, C, D, dt_bias, initial_state,
         cu_seqlens, mask, chunk_states, dt_softplus, reverse, frames,
     )  # fmt: skip
-    return dx, ddt, dA, dB, dC, dD, gate_dz(dy, s, x, z), ddt_bias, dinitial_state
+    if y is not None:
+        y.copy_(gate(s, z))
+    return dx, ddt, dA, dB, dC, dD, gate_dz(dy, s, x, z, dz), ddt_bias, dinitial_state
 
 
 def gate(s: Tensor, z: Tensor | None) -> Tensor:
@@ -89,14 +96,16 @@ def gate_ds(dy: Tensor | None, x: Tensor, z: Tensor | None) -> Tensor:
     return gate(dy.to(wide), z)
 
 
-def gate_dz(dy: Tensor | None, s: Tensor, x: Tensor, z: Tensor | None) -> Tensor:
+def gate_dz(dy: Tensor | None, s: Tensor, x: Tensor, z: Tensor | None, dz: Tensor | None) -> Tensor:
     if z is None:
         return empty(x, dtype=x.dtype)
+    if dz is None:
+        dz = empty(x, *z.shape, dtype=z.dtype)
     if dy is None:
-        return torch.zeros(z.shape, dtype=z.dtype, device=z.device)
+        return dz.zero_()
     wide = z.to(s.dtype)
     sigma = torch.sigmoid(wide)
-    return (dy.to(s.dtype) * s * sigma * (1 + wide * (1 - sigma))).to(z.dtype).contiguous()
+    return dz.copy_(dy.to(s.dtype) * s * sigma * (1 + wide * (1 - sigma)))
 
 
 def scan_fwd(

@@ -73,10 +73,13 @@ def bwd(
     frames: int,
     max_seqlen: int,
     plan: str,
+    dz: Tensor | None = None,
+    y: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     dz, (grads,) = scan_bwd(
         dy, (dfinal_state,), (Direction(x, dt, A, B, C, D, dt_bias, initial_state, reverse),), z, cu_seqlens, mask,
         (chunk_states,), scale=1.0, dt_softplus=dt_softplus, frames=frames, max_seqlen=max_seqlen, plan=plan,
+        dz=dz, y=y,
     )  # fmt: skip
     dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial_state = grads
     return dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state
