@@ -474,7 +474,7 @@ def _scan_bwd_kernel(
                 own = ()
                 for p in tl.static_range(HT):
                     live = kb + 2 * p + half < end
-                    x, dt, _, real = _own_dt(q[p], live, bias, X, DT, MASK, SOFTPLUS, ASM)
+                    x, dt, raw, real = _own_dt(q[p], live, bias, X, DT, MASK, SOFTPLUS, ASM)
                     ds = value(r[p][1], dy_ptr.dtype.element_ty, ASM) * scale
                     gate = ds
                     act = none
