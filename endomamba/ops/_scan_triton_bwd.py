@@ -207,14 +207,14 @@ def _either(first, a, b):
 
 @triton.jit
 def _rewalk(
-    h, q, rB, scr, s, live, kb, A, Bc, bias, x_p, dt_p, B_p, m_p, offs_d, sB_n, end, walk, frames, lane, half, mask_d,
-    both, put_B, get_B,
+    h, q, rB, scr, s, live, kb, ahead, A, Bc, bias, x_p, dt_p, B_p, m_p, offs_d, sB_n, end, walk, frames, lane, half,
+    mask_d, both, put_B, get_B,
     SX: tl.constexpr, SDT: tl.constexpr, SB: tl.constexpr, NH: tl.constexpr, NS: tl.constexpr, X: tl.constexpr,
     DT: tl.constexpr, TYPE: tl.constexpr, CONST_B: tl.constexpr, MASK: tl.constexpr, SOFTPLUS: tl.constexpr,
     REVERSE: tl.constexpr, TIME: tl.constexpr, EVEN: tl.constexpr, T: tl.constexpr, W: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     # h, the state before the T tokens from kb, to slot s of the scratch -> the state after them, and the inputs of the
-    # T tokens that come 2 T later
+    # T tokens from `ahead`
     HT: tl.constexpr = T // 2
     _save(scr, s, h, half, NH, W, ASM)
     own = ()
@@ -227,12 +227,10 @@ def _rewalk(
     if ASM:
         warp_sync(lane)
     q = _state_inputs(
-        x_p, dt_p, m_p, offs_d, kb + 2 * T, end, walk, frames, half, mask_d, T,
+        x_p, dt_p, m_p, offs_d, ahead, end, walk, frames, half, mask_d, T,
         SX, SDT, MASK, REVERSE, TIME, EVEN, ASM,
     )  # fmt: skip
-    rB = load_rows(
-        B_p, m_p, sB_n, kb + 2 * T, end, walk, frames, lane, T, SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM
-    )
+    rB = load_rows(B_p, m_p, sB_n, ahead, end, walk, frames, lane, T, SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM)
     for p in tl.static_range(HT):
         if ASM:
             dt0, u0, dt1, u1 = get4(both + p * 256)
@@ -429,8 +427,8 @@ def _scan_bwd_kernel(
             k0 = begin + c * CHUNK
             blocks = tl.cdiv(tl.minimum(CHUNK, end - k0), T)
             h = load_states(cs_ptr + ((chunk0 + k0 // CHUNK) * d + offs_d) * N + state, mask_d, NH, NS, half, N, ASM)
-            # (1) states every T tokens, two blocks a turn, the inputs of the next two under way.  Past the last but one
-            # block nothing is `live`, and the state stays.
+            # (1) states every T tokens, two blocks a turn, the inputs of the next two under way.  The last block is
+            # not walked: where it is the second of a turn, nothing of it is `live`, and its inputs come again.
             q = _state_inputs(
                 x_p, dt_p, m_p, offs_d, k0, end, walk, frames, half, mask_d, T, SX, SDT, MASK, REVERSE, TIME, EVEN, ASM
             )
@@ -445,14 +443,16 @@ def _scan_bwd_kernel(
                 B_p, m_p, sB_n, k0 + T, end, walk, frames, lane, T, SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM
             )
             for s in range(0, blocks - 1, 2):
+                kb = k0 + s * T
                 h, q, rB = _rewalk(
-                    h, q, rB, scr, s, half < 2, k0 + s * T, A, Bc, bias, x_p, dt_p, B_p, m_p, offs_d, sB_n, end, walk,
-                    frames, lane, half, mask_d, both, put_B, get_B,
+                    h, q, rB, scr, s, half < 2, kb, kb + 2 * T, A, Bc, bias, x_p, dt_p, B_p, m_p, offs_d, sB_n, end,
+                    walk, frames, lane, half, mask_d, both, put_B, get_B,
                     SX, SDT, SB, NH, NS, X, DT, TYPE, CONST_B, MASK, SOFTPLUS, REVERSE, TIME, EVEN, T, W, ASM,
                 )  # fmt: skip
+                more = s + 2 < blocks
                 h, odd_q, odd_rB = _rewalk(
-                    h, odd_q, odd_rB, scr, s + 1, (half < 2) & (s + 2 < blocks), k0 + (s + 1) * T, A, Bc, bias,
-                    x_p, dt_p, B_p, m_p, offs_d, sB_n, end, walk, frames, lane, half, mask_d, both, put_B, get_B,
+                    h, odd_q, odd_rB, scr, s + 1, (half < 2) & more, kb + T, tl.where(more, kb + 3 * T, kb + T), A, Bc,
+                    bias, x_p, dt_p, B_p, m_p, offs_d, sB_n, end, walk, frames, lane, half, mask_d, both, put_B, get_B,
                     SX, SDT, SB, NH, NS, X, DT, TYPE, CONST_B, MASK, SOFTPLUS, REVERSE, TIME, EVEN, T, W, ASM,
                 )  # fmt: skip
             even = blocks % 2 == 1
