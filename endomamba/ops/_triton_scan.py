@@ -179,10 +179,12 @@ def advance(h, a, B, dtx, NH: tl.constexpr):
 
 @triton.jit
 def dot(u, v, NH: tl.constexpr):
-    # sum over the lane's states, in two chains
-    s = u[0] * v[0]
+    # Sum over the lane's states, in two chains.  All are multiply-adds: else the compiler chooses which product the
+    # last sum takes in, and one token would not have the bits of many.
+    zero = tl.zeros_like(u[0])
+    s = tl.fma(u[0], v[0], zero)
     if NH > 1:
-        r = u[1] * v[1]
+        r = tl.fma(u[1], v[1], zero)
         for i in tl.static_range(2, NH):
             if i % 2 == 0:
                 s = tl.fma(u[i], v[i], s)
