@@ -220,7 +220,7 @@ def _carry(
 ) -> None:
     _scan_carry_kernel[(call.seqs * triton.cdiv(call.d * call.n, 64),)](
         A, edge, local, sums, out, splits, call.d, HAS_EDGE=edge is not None, OUT=out is not None, BACK=back, N=call.n,
-        BLOCK=64, U=16, ASM=ASM, num_warps=1,
+        BLOCK=64, U=8, ASM=ASM, num_warps=1,
     )  # fmt: skip
 
 
