@@ -3,13 +3,15 @@
     python -m bench.tune_scan [--write]
 
 Every choice runs on every shape, interleaved, L2 cold; the one with the least sum of times relative to the best of each
-shape wins.  All times go to bench/results/h200_scan_tuning.json, the choice to endomamba/ops/_scan_triton_table.py.
+shape wins (forward: of the shapes with many sequences, and of those with few).  All times go to
+bench/results/h200_scan_tuning.json, the choice to endomamba/ops/_scan_triton_table.py.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,18 +24,14 @@ from endomamba.ops._scan import Direction
 RESULT = Path(__file__).parent / "results" / "h200_scan_tuning.json"
 SHAPES = ((768, 49), (48, 784), (128, 197), (1, 3152))
 D, N = 768, 16
+PROCESSORS = 132  # of the GPU whose shapes these are; only tells many sequences from few
 CHOICES = {
-    "FWD": [dict(K=K, W=W) for K, W in ((4, 1), (2, 1), (2, 2), (1, 2), (2, 4))],
+    "FWD": [dict(W=W, T=T) for W in (1, 2, 4) for T in (4, 8)],
+    # maxnreg is what a quarter of a multiprocessor's 65,536 registers leaves for a quarter of its per_sm * W warps.
     "BWD": [
-        *(
-            dict(T=4, W=2, KEEP=keep, per_sm=per_sm, maxnreg=registers)
-            for keep in (False, True)
-            for per_sm, registers in ((8, 128), (7, 144), (6, 168), (9, 112))
-        ),
-        dict(T=4, W=4, KEEP=False, per_sm=4, maxnreg=128),
-        dict(T=8, W=2, KEEP=False, per_sm=7, maxnreg=144),
-        dict(T=4, W=1, KEEP=False, per_sm=16, maxnreg=128),
-        dict(T=2, W=2, KEEP=True, per_sm=8, maxnreg=128),
+        dict(T=4, W=W, per_sm=warps // W, maxnreg=registers)
+        for W in (1, 2, 4)
+        for warps, registers in ((8, 255), (12, 168), (16, 128))
     ],
 }
 FLAGS = dict(scale=1.0, dt_softplus=True, frames=0, max_seqlen=0, plan="auto")
@@ -66,6 +64,9 @@ def calls(b: int, l: int) -> dict:
         return _scan_triton.scan_bwd(dy, (None,), (side,), z, None, None, saved, **FLAGS)
 
     def with_choice(table: str, choice: dict, call):
+        if table == "FWD":
+            choice = choice | {"T_few": choice["T"], "few": 0}
+
         def run():
             kept = getattr(_scan_triton, table)
             setattr(_scan_triton, table, choice)
@@ -83,10 +84,24 @@ def calls(b: int, l: int) -> dict:
     }
 
 
-def best(times: dict[str, dict[str, float]]) -> str:
+def best(times: dict[str, dict[str, float]], shapes: Iterable[str]) -> str:
     """choice of the least sum over shapes of its time by that shape's best."""
-    least = {shape: min(t[shape] for t in times.values()) for shape in next(iter(times.values()))}
-    return min(times, key=lambda choice: sum(t / least[shape] for shape, t in times[choice].items()))
+    least = {shape: min(t[shape] for t in times.values()) for shape in shapes}
+    return min(
+        times, key=lambda choice: sum(t[shape] / least[shape] for shape, t in ((s, times[choice]) for s in least))
+    )
+
+
+def pick(times: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict]:
+    """table -> choice, from the times of each; forward, one T for many sequences and one for few."""
+    by_name = {table: {name(c): c for c in CHOICES[table]} for table in CHOICES}
+    few = _scan_triton_table.FWD["few"]
+    shapes = {f"{b}x{l}": b * D // 16 > few * PROCESSORS for b, l in SHAPES}
+    many = by_name["FWD"][best(times["FWD"], (s for s in shapes if shapes[s]))]
+    rest = {key: t for key, t in times["FWD"].items() if by_name["FWD"][key]["W"] == many["W"]}
+    of_few = by_name["FWD"][best(rest, (s for s in shapes if not shapes[s]))]
+    backward = by_name["BWD"][best(times["BWD"], shapes)]
+    return {"FWD": many | {"T_few": of_few["T"], "few": few}, "BWD": backward}
 
 
 def write_table(picked: dict[str, dict], gpu: str) -> None:
@@ -126,13 +141,13 @@ def main():
     for b, l in SHAPES:
         for (table, choice), took in bench.time(calls(b, l)).items():
             times[table].setdefault(choice, {})[f"{b}x{l}"] = round(took["median_us"], 1)
-    picked = {table: next(c for c in CHOICES[table] if name(c) == best(times[table])) for table in CHOICES}
+    picked = pick(times)
     meta = about(common) | {"command": "python -m bench.tune_scan"}
     args.out.write_text(json.dumps({"meta": meta, "picked": picked, "median_us": times}, indent=1) + "\n")
     for table, rows in times.items():
         for choice, shapes in rows.items():
-            mark = "*" if choice == name(picked[table]) else " "
-            print(f"{mark} {table} {choice:50}", *(f"{shape} {t:8.1f}" for shape, t in shapes.items()))
+            print(f"{table} {choice:40}", *(f"{shape} {t:8.1f}" for shape, t in shapes.items()))
+    print("picked:", *(f"{table} {name(choice)};" for table, choice in picked.items()))
     if args.write:
         write_table(picked, meta["gpu"])
 

@@ -448,7 +448,7 @@ def aot_cases() -> list[AotCase]:
             cases.append(AotCase(f"fwd-{name}", forward, (walks, gate, None, None), "fwd" not in quick))
         cases.append(AotCase(f"bwd-{name}", backward, (x, finals, walks, gate, None, None, chunks), "bwd" not in quick))
 
-    case("bf16")
+    case("bf16", quick="fwd")
     case("both-bf16", sides=2)
     case("fp16", dtype=torch.float16)
     case("fp32", dtype=torch.float32)
