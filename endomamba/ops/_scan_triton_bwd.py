@@ -232,13 +232,14 @@ def _rewalk(
     )  # fmt: skip
     rB = load_rows(B_p, m_p, sB_n, ahead, end, walk, frames, lane, T, SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM)
     for p in tl.static_range(HT):
+        dt, u, real = own[p]
         if ASM:
             dt0, u0, dt1, u1 = get4(both + p * 256)
         else:
-            dt0, dt1 = to_both(own[p][0], lane, ASM)
-            u0, u1 = to_both(own[p][1], lane, ASM)
+            dt0, dt1 = to_both(dt, lane, ASM)
+            u0, u1 = to_both(u, lane, ASM)
         b0, b1 = pair_rows(
-            get_B, Bc, B_p, sB_n, kb + 2 * p, end, walk, frames, half, own[p][2], lane, 2 * p,
+            get_B, Bc, B_p, sB_n, kb + 2 * p, end, walk, frames, half, real, lane, 2 * p,
             SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM,
         )  # fmt: skip
         h = advance(h, decays(A, dt0, NH, ASM), b0, u0, NH)
@@ -487,7 +488,7 @@ def _scan_bwd_kernel(
                     if ASM:
                         put2(both + p * 256 + half * 8, dt, dt * x)
                         put1(both_ds + p * 128 + half * 4, ds)
-                    own = own + ((r[p][2] if ADD else none, gate, dt, dt * x, ds, real, x, raw, act),)
+                    own = own + ((x, dt, raw, real, ds, gate, act, r[p][2] if ADD else none),)
                 put_rows(put_B, rB, T, TYPE, CONST_B, ASM)
                 put_rows(put_C, rC, T, C_TYPE, CONST_C, ASM)
                 if ASM:
@@ -497,19 +498,20 @@ def _scan_bwd_kernel(
                 for p in tl.static_range(HT):
                     k = kb + 2 * p
                     live = k + half < end
+                    x, dt, raw, real, ds, gate, act, parked = own[p]
                     if ASM:
                         dt0, u0, dt1, u1 = get4(both + p * 256)
                         ds0, ds1 = get2(both_ds + p * 128)
                     else:
-                        dt0, dt1 = to_both(own[p][2], lane, ASM)
-                        u0, u1 = to_both(own[p][3], lane, ASM)
-                        ds0, ds1 = to_both(own[p][4], lane, ASM)
+                        dt0, dt1 = to_both(dt, lane, ASM)
+                        u0, u1 = to_both(dt * x, lane, ASM)
+                        ds0, ds1 = to_both(ds, lane, ASM)
                     b0, b1 = pair_rows(
-                        get_B, Bc, B_p, sB_n, k, end, walk, frames, half, own[p][5], lane, 2 * p,
+                        get_B, Bc, B_p, sB_n, k, end, walk, frames, half, real, lane, 2 * p,
                         SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM,
                     )  # fmt: skip
                     c0, c1 = pair_rows(
-                        get_C, Cc, C_p, sC_n, k, end, walk, frames, half, own[p][5], lane, 2 * p,
+                        get_C, Cc, C_p, sC_n, k, end, walk, frames, half, real, lane, 2 * p,
                         SC, NH, NS, CONST_C, False, REVERSE, TIME, ASM,
                     )  # fmt: skip
                     h0 = advance(h, decays(A, dt0, NH, ASM), b0, u0, NH)
@@ -518,18 +520,18 @@ def _scan_bwd_kernel(
                     if HAS_Z or PARK:
                         y = own_total(dot(h0, c0, NH), dot(h, c1, NH), lane, ASM)
                         if FIRST == 0 and HAS_D:
-                            y = tl.fma(D, own[p][6], y)
+                            y = tl.fma(D, x, y)
                         if ADD:
-                            y += own[p][0]
+                            y += parked
                         ok = live if EVEN else live & mask_d
                         if PARK:
                             tl.store(own_at(s_p, offs_d, kb, 2 * p, walk, frames, half, SY, REVERSE, TIME), y, mask=ok)
                         elif HAS_Z:
                             to = own_at(dz_ptr + row_dz, offs_d, kb, 2 * p, walk, frames, half, SDZ, REVERSE, TIME)
-                            tl.store(to, (own[p][1] * y).to(dz_ptr.dtype.element_ty), mask=ok)
+                            tl.store(to, (gate * y).to(dz_ptr.dtype.element_ty), mask=ok)
                             if OUT:
                                 to = own_at(y_ptr + row, offs_d, kb, 2 * p, walk, frames, half, SY, REVERSE, TIME)
-                                tl.store(to, (own[p][8] * y).to(y_ptr.dtype.element_ty), mask=ok)
+                                tl.store(to, (act * y).to(y_ptr.dtype.element_ty), mask=ok)
                     if CONST_C:
                         dCc = _add_products(dCc, h0, ds0, h, ds1, NH)
                     else:
@@ -564,8 +566,9 @@ def _scan_bwd_kernel(
                     k = kb + 2 * p
                     live = k + half < end
                     ok = live if EVEN else live & mask_d
-                    real = own[p][5] if MASK else live
-                    dt, ds, x, raw = own[p][2], own[p][4], own[p][6], own[p][7]
+                    x, dt, raw, real, ds, _, _, _ = own[p]
+                    if not MASK:
+                        real = live
                     if ASM:
                         dt0, u0, dt1, u1 = get4(both + p * 256)
                         ds0, ds1 = get2(both_ds + p * 128)
@@ -732,11 +735,12 @@ def _scan_adjoint_kernel(
         )  # fmt: skip
         rC = load_rows(C_p, m_p, sC_n, k, end, l, frames, lane, 4, SC, NH, N, CONST_C, False, REVERSE, TIME, ASM)
         for p in tl.static_range(1, -1, -1):
+            dt, ds = own[p]
             if ASM:
                 dt0, ds0, dt1, ds1 = get4(both + p * 256)
             else:
-                dt0, dt1 = to_both(own[p][0], lane, ASM)
-                ds0, ds1 = to_both(own[p][1], lane, ASM)
+                dt0, dt1 = to_both(dt, lane, ASM)
+                ds0, ds1 = to_both(ds, lane, ASM)
             c0, c1 = pair_rows(
                 get_C, Cc, C_p, sC_n, kb + 2 * p, end, l, frames, half, half < 2, lane, 2 * p,
                 SC, NH, N, CONST_C, False, REVERSE, TIME, ASM,

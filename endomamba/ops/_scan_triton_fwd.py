@@ -184,7 +184,7 @@ def _scan_fwd_kernel(
                     gate = scale * z * sigmoid(z, ASM)
                 if ASM:
                     put2(both + p * 256 + half * 8, dt, dt * x)
-                own = own + ((dt, dt * x, real, x, gate, q[p][3]),)
+                own = own + ((x, dt, real, gate, q[p][3]),)
             put_rows(put_B, rB, T, B_ptr.dtype.element_ty, CONST_B, ASM)
             put_rows(put_C, rC, T, C_ptr.dtype.element_ty, CONST_C or not Y, ASM)
             if ASM:
@@ -202,28 +202,29 @@ def _scan_fwd_kernel(
             )  # fmt: skip
             for p in tl.static_range(HT):
                 k = kb + 2 * p
+                x, dt, real, gate, parked = own[p]
                 if ASM:
                     dt0, u0, dt1, u1 = get4(both + p * 256)
                 else:
-                    dt0, dt1 = to_both(own[p][0], lane, ASM)
-                    u0, u1 = to_both(own[p][1], lane, ASM)
+                    dt0, dt1 = to_both(dt, lane, ASM)
+                    u0, u1 = to_both(dt * x, lane, ASM)
                 b0, b1 = pair_rows(
-                    get_B, Bc, B_p, sB_n, k, end, l, frames, half, own[p][2], lane, 2 * p,
+                    get_B, Bc, B_p, sB_n, k, end, l, frames, half, real, lane, 2 * p,
                     SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM,
                 )  # fmt: skip
                 h = advance(h, decays(A, dt0, NH, ASM), b0, u0, NH)
                 h1 = advance(h, decays(A, dt1, NH, ASM), b1, u1, NH)
                 if Y:
                     c0, c1 = pair_rows(
-                        get_C, Cc, C_p, sC_n, k, end, l, frames, half, own[p][2], lane, 2 * p,
+                        get_C, Cc, C_p, sC_n, k, end, l, frames, half, real, lane, 2 * p,
                         SC, NH, NS, CONST_C, False, REVERSE, TIME, ASM,
                     )  # fmt: skip
                     y = own_total(dot(h, c0, NH), dot(h1, c1, NH), lane, ASM)
                     if HAS_D:
-                        y = tl.fma(D, own[p][3], y)
+                        y = tl.fma(D, x, y)
                     if ADD:
-                        y += own[p][5]
-                    y *= own[p][4]
+                        y += parked
+                    y *= gate
                     ok = k + half < end if EVEN else (k + half < end) & mask_d
                     to = own_at(y_p, offs_d, kb, 2 * p, l, frames, half, SY, REVERSE, TIME)
                     tl.store(to, y.to(y_ptr.dtype.element_ty), mask=ok)
