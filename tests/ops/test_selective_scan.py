@@ -280,7 +280,8 @@ def test_a05_odd_lengths_with_a_gradient_at_the_end(l, backend):
     got, eager = (run(inputs, [dy, dfinal], backend=k) for k in (backend, "reference"))
     truth = run(cast(inputs, torch.float64), [dy, dfinal], backend="reference")
     for name in truth:
-        slack = (4.0 if name in ("dA", "dD", "ddt_bias") else 2.0) * on.slack(backend)  # running sums over tokens
+        running_sum = name in ("dA", "dD", "ddt_bias")  # of ex2.approx errors, token after token
+        slack = 2.0 * on.slack(backend) * (on.slack(backend) if running_sum else 1.0)
         assert_as_accurate_as_eager(name, got[name], eager[name], truth[name], slack)
 
 
