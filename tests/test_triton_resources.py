@@ -30,9 +30,14 @@ REGISTERS = {"gfx942": 512}
 # Rows that may have a stack frame: pattern of "target row" -> (bytes, why).
 STACK: dict[str, tuple[int, str]] = {
     "sm_* _scan_triton/bwd-*_scan_bwd_kernel*": (
-        128,
+        144,
         "kept to 168 registers for 12 warps a multiprocessor: a few words outside the inner loops, measured to win",
     ),
+    "sm_* causal_conv1d/bwd/both-uneven-*": (
+        1344,
+        "strides that allow no vector load, both directions in one program: right, and slower than it need be",
+    ),
+    "sm_* _scan_triton/bwd-*_combine_kernel": (16, "64-bit divisions hold registers; memory bound all the same"),
     "gfx942 _scan_triton/bwd-*_scan_bwd_kernel*": (256, "no shared memory and no mma there: right, not fast"),
 }
 

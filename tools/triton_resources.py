@@ -246,7 +246,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DATA)
     parser.add_argument("--print", action="store_true", help="print the rows, write nothing")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--timeout", type=int, default=120, metavar="S", help="of one case on one target")
+    parser.add_argument("--timeout", type=int, default=300, metavar="S", help="of one case on one target")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         sys.exit("TRITON_INTERPRET is set: there is nothing to compile in the interpreter")
