@@ -250,6 +250,19 @@ def _rewalk(
 
 
 @triton.jit
+def _both_tokens(both, both_ds, p, x, dt, ds, lane, ASM: tl.constexpr):
+    # dt and dt x of each token of pair p, then ds of each, in every lane; x, dt, ds: the own token's
+    if ASM:
+        dt0, u0, dt1, u1 = get4(both + p * 256)
+        ds0, ds1 = get2(both_ds + p * 128)
+    else:
+        dt0, dt1 = to_both(dt, lane, ASM)
+        u0, u1 = to_both(dt * x, lane, ASM)
+        ds0, ds1 = to_both(ds, lane, ASM)
+    return dt0, u0, dt1, u1, ds0, ds1
+
+
+@triton.jit
 def _add_products(acc, h0, ds0, h1, ds1, NH: tl.constexpr):
     out = ()
     for i in tl.static_range(NH):
@@ -499,13 +512,7 @@ def _scan_bwd_kernel(
                     k = kb + 2 * p
                     live = k + half < end
                     x, dt, raw, real, ds, gate, act, parked = own[p]
-                    if ASM:
-                        dt0, u0, dt1, u1 = get4(both + p * 256)
-                        ds0, ds1 = get2(both_ds + p * 128)
-                    else:
-                        dt0, dt1 = to_both(dt, lane, ASM)
-                        u0, u1 = to_both(dt * x, lane, ASM)
-                        ds0, ds1 = to_both(ds, lane, ASM)
+                    dt0, u0, dt1, u1, ds0, ds1 = _both_tokens(both, both_ds, p, x, dt, ds, lane, ASM)
                     b0, b1 = pair_rows(
                         get_B, Bc, B_p, sB_n, k, end, walk, frames, half, real, lane, 2 * p,
                         SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM,
@@ -569,13 +576,7 @@ def _scan_bwd_kernel(
                     x, dt, raw, real, ds, _, _, _ = own[p]
                     if not MASK:
                         real = live
-                    if ASM:
-                        dt0, u0, dt1, u1 = get4(both + p * 256)
-                        ds0, ds1 = get2(both_ds + p * 128)
-                    else:
-                        dt0, dt1 = to_both(dt, lane, ASM)
-                        u0, u1 = to_both(dt * x, lane, ASM)
-                        ds0, ds1 = to_both(ds, lane, ASM)
+                    dt0, u0, dt1, u1, ds0, ds1 = _both_tokens(both, both_ds, p, x, dt, ds, lane, ASM)
                     b0, b1 = pair_rows(
                         get_B, Bc, B_p, sB_n, k, end, walk, frames, half, real, lane, 2 * p,
                         SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM,

@@ -68,7 +68,7 @@ def _scan_fwd_kernel(
     # Grid (sequences * splits * g * cdiv(d / g, 16 W),): a program owns 16 W channels of one sequence (LS > 0: of LS
     # of its tokens) and states FIRST .. FIRST + NS - 1 of n; lanes as in _triton_scan.
     # T tokens at a time: each lane works out what its own tokens have one of a channel (dt, dt x, gate) and brings its
-    #   share of their rows of B and C; both meet in shared memory, 192 bytes a token and warp.  Meanwhile the inputs of
+    #   share of their rows of B and C; both meet in shared memory, 256 bytes a token and warp.  Meanwhile the inputs of
     #   the next T tokens are under way.
     # Traffic: x, dt, z read once, y written once, 4 * b*l*d elements; B, C: 2 * b*l*n for each channel block, from L2
     #   after the first.  The second direction adds an fp32 s that the first left: 8 bytes an element.

@@ -3,7 +3,8 @@
 Lanes.  A warp owns 16 channels.  Lanes 0-15 hold the first half of a channel's states, lanes 16-31 the second, so a
 state is NH = ceil(n / 2) plain vectors and no tile ever changes its layout.  Tokens are walked in pairs: all lanes
 advance their states by both tokens, and what a token costs besides (softplus, gate, loads, the store) is done once, by
-the half that owns it: lanes 0-15 the first token of the pair, lanes 16-31 the second.  Halves exchange by one shuffle.
+the half that owns it: lanes 0-15 the first token of the pair, lanes 16-31 the second.  Halves exchange by one
+shuffle, or through shared memory where a value is read more than once.
 """
 
 import triton
