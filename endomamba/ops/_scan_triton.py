@@ -220,7 +220,7 @@ def _carry(
 ) -> None:
     _scan_carry_kernel[(call.seqs * triton.cdiv(call.d * call.n, 64),)](
         A, edge, local, sums, out, splits, call.d, HAS_EDGE=edge is not None, OUT=out is not None, BACK=back, N=call.n,
-        BLOCK=64, U=8, ASM=ASM, num_warps=1,
+        BLOCK=64, U=16, ASM=ASM, num_warps=1,
     )  # fmt: skip
 
 
@@ -275,10 +275,16 @@ def scan_fwd(
     return y, finals, chunks
 
 
-def _programs(seqs: int, blocks: int, device: torch.device, per_sm: int) -> int:
-    """Programs of one channel block: as many as are resident, with equal shares of the sequences."""
+def _programs(seqs: int, chunks: int, blocks: int, device: torch.device, per_sm: int) -> tuple[int, bool]:
+    """Programs of one channel block, at most as many as are resident, and whether they share sequences.
+
+    They do where whole sequences would leave more than a tenth of the time unused.  chunks: of a sequence, 0: unknown.
+    """
     most = max(1, per_sm * _processors(device) // blocks) if not INTERPRET else 2
-    return triton.cdiv(seqs, triton.cdiv(seqs, most))
+    whole = triton.cdiv(seqs, most)
+    if seqs > most and triton.cdiv(seqs * chunks, most) < 0.9 * whole * chunks:
+        return most, True
+    return triton.cdiv(seqs, whole), False
 
 
 def _backward_launch(
@@ -307,7 +313,12 @@ def _backward_launch(
         )  # fmt: skip
         _carry(call, side.A, edge, dfinal, total, dstate, splits, back=True)
         has_dstate = False
-    programs = _programs(call.seqs * splits, blocks, device, BWD["per_sm"])
+    chunks = 0 if piece or call.cu_seqlens is not None else triton.cdiv(call.l, CHUNK)
+    programs, share = _programs(call.seqs * splits, chunks, blocks, device, BWD["per_sm"])
+    carry = ready = None
+    if share:
+        carry = torch.empty(programs, call.d, states, dtype=f32, device=device)
+        ready = torch.zeros(programs * blocks, dtype=torch.int32, device=device)
     quads = triton.cdiv(triton.cdiv(states, 2), 4)
     scratch = torch.empty(programs * blocks * (CHUNK // T) * quads * 128 * W, dtype=f32, device=device)
     longest = call.l if call.cu_seqlens is None else max_seqlen
@@ -324,11 +335,11 @@ def _backward_launch(
     options = {"maxnreg": BWD["maxnreg"], "num_stages": 1} if ASM else {}
     _scan_bwd_kernel[(programs * blocks,)](
         dy, x, side.dt, side.A, side.B, side.C, side.D, call.z, side.dt_bias, chunk, dfinal, parked, gB, gA,
-        call.cu_seqlens, call.mask, dx, ddt, dz, y, rows, pA, pB, pC, pD, pbias, dstate, scratch, scale, call.l, call.d,
-        call.seqs, splits, call.frames, sdy_b=dy.stride(0), SDY=dy.stride(1), SDZ=0 if call.z is None else dz.stride(1),
+        call.cu_seqlens, call.mask, dx, ddt, dz, y, rows, pA, pB, pC, pD, pbias, dstate, scratch, carry, ready, scale, call.l,
+        call.d, call.seqs, splits, call.frames, sdy_b=dy.stride(0), SDY=dy.stride(1), SDZ=0 if call.z is None else dz.stride(1),
         **args, HAS_Z=call.z is not None, OUT=y is not None and not park, HAS_D=has_D, HAS_DHL=dfinal is not None,
-        HAS_DH0=has_dstate, ADD=add, PARK=park, ADD_G=add_g, PARK_G=park_g, EXACT=x.dtype == f32, LS=piece, T=T, W=W,
-        SHARED=shared_asm(T * W * (576 if W > 1 else 320)), num_warps=W, **options,
+        HAS_DH0=has_dstate, ADD=add, PARK=park, ADD_G=add_g, PARK_G=park_g, EXACT=x.dtype == f32, LS=piece, SHARE=share, T=T,
+        W=W, SHARED=shared_asm(T * W * (576 if W > 1 else 320)), num_warps=W, **options,
     )  # fmt: skip
     TP, block = 8, 128  # pairs of tokens, parameters a program
     tiles = 0 if const_B and const_C else triton.cdiv(triton.cdiv(longest, 2), TP)

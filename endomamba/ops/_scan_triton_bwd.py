@@ -319,17 +319,21 @@ def _emit(
 def _scan_bwd_kernel(
     dy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, cs_ptr, dhl_ptr, s_ptr, gB_ptr, gA_ptr, cu_ptr,
     mask_ptr, dx_ptr, ddt_ptr, dz_ptr, y_ptr, dBC_ptr, dA_ptr, dBc_ptr, dCc_ptr, dD_ptr, dbias_ptr, dh0_ptr,
-    scratch_ptr, scale, l, d, seqs, splits, frames, sdy_b, sx_b, sdt_b, sz_b, sB_b, sC_b, sB_g, sC_g, sB_n, sC_n, sm_b,
+    scratch_ptr, carry_ptr, ready_ptr, scale, l, d, seqs, splits, frames, sdy_b, sx_b, sdt_b, sz_b, sB_b, sC_b, sB_g, sC_g, sB_n, sC_n, sm_b,
     SDY: tl.constexpr, SX: tl.constexpr, SDT: tl.constexpr, SZ: tl.constexpr, SB: tl.constexpr, SC: tl.constexpr,
     SY: tl.constexpr, SDZ: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr, NS: tl.constexpr,
     CONST_B: tl.constexpr, CONST_C: tl.constexpr, HAS_Z: tl.constexpr, OUT: tl.constexpr, HAS_D: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_DHL: tl.constexpr, HAS_DH0: tl.constexpr, ADD: tl.constexpr, PARK: tl.constexpr,
     ADD_G: tl.constexpr, PARK_G: tl.constexpr, PACKED: tl.constexpr, MASK: tl.constexpr, REVERSE: tl.constexpr,
-    TIME: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, LS: tl.constexpr, EVEN: tl.constexpr,
-    T: tl.constexpr, W: tl.constexpr, SHARED: tl.constexpr, ASM: tl.constexpr, CHUNK: tl.constexpr,
+    TIME: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, LS: tl.constexpr, SHARE: tl.constexpr,
+    EVEN: tl.constexpr, T: tl.constexpr, W: tl.constexpr, SHARED: tl.constexpr, ASM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     # Grid (P * g * cdiv(d / g, 16 W),): a program owns 16 W channels and every P-th sequence (LS > 0: piece of LS
     #   tokens), so dA, dD, ddt_bias stay in registers over all of them; lanes as in _triton_scan.
+    #   SHARE: the P programs of the same channels share the chunks of all sequences evenly.  Program p takes the p-th
+    #   part of the list (sequence, chunks last first), its last sequence first: where that is not finished, the state
+    #   goes to program p + 1, which finishes it at its own end, when it has long been there (stream-K: Osama et al.,
+    #   arXiv 2301.03598).  It waits for a program of a lower number only, so it cannot wait in vain.
     # A chunk of 64 tokens, last first: (1) from its saved state, the states every T tokens, to a scratch that stays in
     #   L2; then, T tokens at a time, (2) forward: the states of every token, in registers, y for dz, h ds for dC,
     #   OUT: the gated y itself;
@@ -400,7 +404,20 @@ def _scan_bwd_kernel(
     dD = none
     dbias = none
     turn = 0
-    for work in range(pid // nblk, seqs * splits, tl.num_programs(0) // nblk):
+    worker = pid // nblk
+    workers = tl.num_programs(0) // nblk
+    if SHARE:
+        every = tl.cdiv(l, CHUNK)
+        low = (worker.to(tl.int64) * (seqs * every) // workers).to(tl.int32)
+        high = ((worker + 1).to(tl.int64) * (seqs * every) // workers).to(tl.int32)
+        works = (high - 1) // every - low // every + 1
+    else:
+        works = tl.cdiv(seqs * splits - worker, workers)
+    for nth in range(0, works):
+        if SHARE:
+            work = (high - 1) // every - nth
+        else:
+            work = worker + nth * workers
         seq = work // splits + tl.zeros([], tl.int64)
         slot = work + tl.zeros([], tl.int64)
         if PACKED:
@@ -436,7 +453,19 @@ def _scan_bwd_kernel(
         else:
             dh = zeros(none, NH)
         chunks = tl.cdiv(end - begin, CHUNK)
-        for cc in range(0, chunks):
+        if SHARE:
+            skip = tl.maximum(low - work * every, 0)
+            stop = tl.minimum(high - work * every, every)
+            waiting = skip > 0
+            while waiting:
+                waiting = tl.atomic_add(ready_ptr + pid - nblk, 0, sem="acquire") == 0
+            tl.debug_barrier()
+            at = carry_ptr + ((worker - 1).to(tl.int64) * d + offs_d) * NS + half * NH
+            dh = _choose(skip > 0, load_states(at, mask_d & (skip > 0), NH, NS, half, NS, ASM), dh)
+        else:
+            skip = 0
+            stop = chunks
+        for cc in range(skip, stop):
             c = chunks - 1 - cc
             k0 = begin + c * CHUNK
             blocks = tl.cdiv(tl.minimum(CHUNK, end - k0), T)
@@ -637,9 +666,16 @@ def _scan_bwd_kernel(
                     else:
                         warp_sync(lane)
                     turn = 1 - turn
+        if SHARE:
+            at = carry_ptr + (worker.to(tl.int64) * d + offs_d) * NS + half * NH
+            store_states(at, dh, mask_d & (stop < every), NH, NS, half, NS, ASM)
+            tl.debug_barrier()
+            if stop < every:
+                tl.atomic_xchg(ready_ptr + pid, 1, sem="release")
         if HAS_DH0:
-            store_states(dh0_ptr + (seq * d + offs_d) * N + state, dh, mask_d, NH, NS, half, N, ASM)
-    part = (pid // nblk).to(tl.int64)
+            whole = mask_d & (stop == chunks)
+            store_states(dh0_ptr + (seq * d + offs_d) * N + state, dh, whole, NH, NS, half, N, ASM)
+    part = worker.to(tl.int64)
     store_states(dA_ptr + (part * d + offs_d) * NS + half * NH, dA, mask_d, NH, NS, half, NS, ASM)
     if CONST_B:
         store_states(dBc_ptr + (part * d + offs_d) * NS + half * NH, dBc, mask_d, NH, NS, half, NS, ASM)

@@ -1003,3 +1003,25 @@ def test_split_in_time_equals_the_walk(reverse, backend, monkeypatch):
     assert pieces == [3, 3], "the invariant plan was split"
     for name in truth:
         assert_as_accurate_as_eager(name, whole[name], eager[name], truth[name], slack)
+
+
+@pytest.mark.parametrize("backend", on.SPLITTING)
+@pytest.mark.parametrize("reverse", on.few([False, True], True), ids=["forward", "reverse"])
+def test_programs_share_the_chunks_of_all_sequences(reverse, backend, monkeypatch):
+    """Three sequences of two chunks on two programs: the second is begun by one and finished by the other."""
+    from endomamba.ops import _scan_triton
+
+    inputs = make(b=3, l=66, d=20, n=4, reverse=reverse)
+    eager, truth = run(inputs, backend="reference"), run(cast(inputs, torch.float64), backend="reference")
+    monkeypatch.setattr(_scan_triton, "_processors", lambda device: 1)
+    monkeypatch.setitem(_scan_triton.BWD, "per_sm", 2)
+    monkeypatch.setattr(_scan_triton, "_piece", lambda call, plan: 0)
+    programs, sharing = _scan_triton._programs, []
+    monkeypatch.setattr(_scan_triton, "_programs", lambda *args: sharing.append(programs(*args)) or sharing[-1])
+    got = run(inputs, backend=backend)
+    assert sharing == [(2, True)], "no program shared its sequences"
+    for name in truth:
+        assert_as_accurate_as_eager(name, got[name], eager[name], truth[name], 8.0 * on.slack(backend))
+    monkeypatch.setattr(_scan_triton, "_programs", lambda *args: (1, False))
+    alone = run(inputs, backend=backend)
+    assert_bitwise(got, alone, OUTPUTS_OF_A_ROW)
