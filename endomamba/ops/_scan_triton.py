@@ -19,7 +19,7 @@ from ._scan import CHUNK, Direction, chunk_states_shape, empty
 from ._scan_triton_bwd import _scan_adjoint_kernel, _scan_bwd_kernel
 from ._scan_triton_fwd import _scan_carry_kernel, _scan_fwd_kernel
 from ._scan_triton_sums import _combine_kernel, _scan_sums_kernel
-from ._scan_triton_table import APART, BWD, FWD, SPLIT
+from ._scan_triton_table import APART, BWD, BWD_TWO, FWD, SPLIT
 from ._triton import ASM, INTERPRET, AotCase, meta, on_device
 from ._triton_scan import LANE_CHANNELS
 from ._triton_shared import shared_asm
@@ -287,18 +287,34 @@ def _programs(seqs: int, chunks: int, blocks: int, device: torch.device, per_sm:
     return triton.cdiv(seqs, whole), False
 
 
+def _backward_table(call: _Call, side: Direction, dy: Tensor, dz: Tensor, piece: int) -> dict:
+    """BWD_TWO where a lane can have two channels, which are loaded as one 32-bit word, and all lanes have work."""
+    two = BWD_TWO
+    warps = call.seqs * (call.d // (2 * LANE_CHANNELS))
+    if piece or side.x.dtype == torch.float32 or warps < two["least"] * _processors(call.device):
+        return BWD
+    groups = next((t.shape[2] for t in (side.B, side.C) if t.ndim == 4), 1)
+    if call.d // groups % (2 * LANE_CHANNELS * two["W"]):
+        return BWD
+    for t in (side.x, side.dt, dy) if call.z is None else (side.x, side.dt, dy, call.z, dz):
+        if t.data_ptr() % 4 or t.stride(0) % 2 or t.stride(1) % 2:
+            return BWD
+    return two
+
+
 def _backward_launch(
     call: _Call, side: Direction, first: int, states: int, dy: Tensor, grads: tuple[Tensor, ...], dz: Tensor,
     y: Tensor | None, chunk: Tensor, dfinal: Tensor | None, parked: Tensor | None, add: bool, park: bool,
     sums: tuple | None, scale: float, piece: int, max_seqlen: int,
 ) -> None:  # fmt: skip
-    T, W = BWD["T"], BWD["W"]
     x = side.x
     f32, device = torch.float32, x.device
     dx, ddt, dA, dB, dC, dD, ddt_bias, dstate = grads
-    args = _shared_arguments(call, side, first, states, W)
+    table = _backward_table(call, side, dy, dz, piece)
+    T, CH, W = table["T"], table["CH"], table["W"]
+    args = _shared_arguments(call, side, first, states, CH * W)
     groups = args["GROUPS"]
-    blocks = groups * triton.cdiv(call.d // groups, LANE_CHANNELS * W)
+    blocks = groups * triton.cdiv(call.d // groups, LANE_CHANNELS * CH * W)
     splits = triton.cdiv(call.l, piece) if piece else 1
     has_D, has_bias, has_dstate = side.D is not None, side.dt_bias is not None, dstate is not None
     if piece:
@@ -314,13 +330,13 @@ def _backward_launch(
         _carry(call, side.A, edge, dfinal, total, dstate, splits, back=True)
         has_dstate = False
     chunks = 0 if piece or call.cu_seqlens is not None else triton.cdiv(call.l, CHUNK)
-    programs, share = _programs(call.seqs * splits, chunks, blocks, device, BWD["per_sm"])
+    programs, share = _programs(call.seqs * splits, chunks, blocks, device, table["per_sm"])
     carry = ready = None
     if share:
         carry = torch.empty(programs, call.d, states, dtype=f32, device=device)
         ready = torch.zeros(programs * blocks, dtype=torch.int32, device=device)
     quads = triton.cdiv(triton.cdiv(states, 2), 4)
-    scratch = torch.empty(programs * blocks * (CHUNK // T) * quads * 128 * W, dtype=f32, device=device)
+    scratch = torch.empty(programs * blocks * (CHUNK // T) * CH * quads * 128 * W, dtype=f32, device=device)
     longest = call.l if call.cu_seqlens is None else max_seqlen
     pairs = call.seqs * triton.cdiv(call.l, 2) if call.cu_seqlens is None else call.l // 2 + call.seqs
     rows = torch.empty(pairs, blocks, 64, dtype=f32, device=device)
@@ -332,14 +348,15 @@ def _backward_launch(
     pA, pB, pC = (partial(w, call.d, states) for w in (True, const_B, const_C))
     pD, pbias = partial(has_D, call.d), partial(has_bias, call.d)
     gB, gA, add_g, park_g = sums if sums is not None else (None, None, False, False)
-    options = {"maxnreg": BWD["maxnreg"], "num_stages": 1} if ASM else {}
+    options = {"maxnreg": table["maxnreg"], "num_stages": 1} if ASM else {}
     _scan_bwd_kernel[(programs * blocks,)](
         dy, x, side.dt, side.A, side.B, side.C, side.D, call.z, side.dt_bias, chunk, dfinal, parked, gB, gA,
-        call.cu_seqlens, call.mask, dx, ddt, dz, y, rows, pA, pB, pC, pD, pbias, dstate, scratch, carry, ready, scale, call.l,
-        call.d, call.seqs, splits, call.frames, sdy_b=dy.stride(0), SDY=dy.stride(1), SDZ=0 if call.z is None else dz.stride(1),
-        **args, HAS_Z=call.z is not None, OUT=y is not None and not park, HAS_D=has_D, HAS_DHL=dfinal is not None,
-        HAS_DH0=has_dstate, ADD=add, PARK=park, ADD_G=add_g, PARK_G=park_g, EXACT=x.dtype == f32, LS=piece, SHARE=share, T=T,
-        W=W, SHARED=shared_asm(T * W * (576 if W > 1 else 320)), num_warps=W, **options,
+        call.cu_seqlens, call.mask, dx, ddt, dz, y, rows, pA, pB, pC, pD, pbias, dstate, scratch, carry, ready, scale,
+        call.l, call.d, call.seqs, splits, call.frames, sdy_b=dy.stride(0), SDY=dy.stride(1),
+        SDZ=0 if call.z is None else dz.stride(1), **args, HAS_Z=call.z is not None, OUT=y is not None and not park,
+        HAS_D=has_D, HAS_DHL=dfinal is not None, HAS_DH0=has_dstate, ADD=add, PARK=park, ADD_G=add_g, PARK_G=park_g,
+        EXACT=x.dtype == f32, LS=piece, SHARE=share, T=T, CH=CH, W=W,
+        SHARED=shared_asm(T * W * (192 * CH + 128 + (256 if W > 1 else 0))), num_warps=W, **options,
     )  # fmt: skip
     TP, block = 8, 128  # pairs of tokens, parameters a program
     tiles = 0 if const_B and const_C else triton.cdiv(triton.cdiv(longest, 2), TP)

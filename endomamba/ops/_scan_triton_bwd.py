@@ -13,9 +13,11 @@ from ._triton_scan import (
     dot,
     load4,
     load_each,
+    load_fp32,
     load_raw,
     load_rows,
     load_states,
+    load_words,
     own_at,
     own_total,
     pair_rows,
@@ -24,12 +26,14 @@ from ._triton_scan import (
     scaled,
     store4,
     store_states,
+    store_values,
     swap,
     to_both,
     value,
+    values,
     zeros,
 )
-from ._triton_shared import get1, get2, get4, pinned, program_sync, put1, put2, reserve, warp_sync
+from ._triton_shared import get1, get2, get4, pinned, program_sync, put1, put2, put4, reserve, warp_sync
 
 
 def _sum_asm(exact: bool) -> str:
@@ -108,51 +112,57 @@ def _pad(v, NH: tl.constexpr, TO: tl.constexpr):
 
 
 @triton.jit
-def _save(p, slot, h, half, NH: tl.constexpr, W: tl.constexpr, ASM: tl.constexpr):
+def _save(p, slot, h, half, NH: tl.constexpr, CH: tl.constexpr, W: tl.constexpr, ASM: tl.constexpr):
     # the states into a slot of the program's scratch
     Q: tl.constexpr = (NH + 3) // 4
-    if ASM:
-        h = _pad(h, NH, 4 * Q)
-        for i in tl.static_range(Q):
-            store4(p + (slot * Q + i) * 128 * W, h[4 * i], h[4 * i + 1], h[4 * i + 2], h[4 * i + 3], half < 2)
-    else:
-        for i in tl.static_range(NH):
-            tl.store(p + (slot * 4 * Q + i) * 32 * W, h[i])
+    for c in tl.static_range(CH):
+        if ASM:
+            v = _pad(h[c], NH, 4 * Q)
+            for i in tl.static_range(Q):
+                at = p + ((slot * CH + c) * Q + i) * 128 * W
+                store4(at, v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3], half < 2)
+        else:
+            for i in tl.static_range(NH):
+                tl.store(p + ((slot * CH + c) * 4 * Q + i) * 32 * W, h[c][i])
 
 
 @triton.jit
-def _restore(p, slot, half, NH: tl.constexpr, W: tl.constexpr, ASM: tl.constexpr):
+def _restore(p, slot, half, NH: tl.constexpr, CH: tl.constexpr, W: tl.constexpr, ASM: tl.constexpr):
     Q: tl.constexpr = (NH + 3) // 4
-    out = ()
-    if ASM:
-        for i in tl.static_range(Q):
-            four = load4(p + (slot * Q + i) * 128 * W, half < 2)
-            for j in tl.static_range(4):
-                if 4 * i + j < NH:
-                    out = out + (four[j],)
-    else:
-        for i in tl.static_range(NH):
-            out = out + (tl.load(p + (slot * 4 * Q + i) * 32 * W),)
-    return out
+    h = ()
+    for c in tl.static_range(CH):
+        out = ()
+        if ASM:
+            for i in tl.static_range(Q):
+                four = load4(p + ((slot * CH + c) * Q + i) * 128 * W, half < 2)
+                for j in tl.static_range(4):
+                    if 4 * i + j < NH:
+                        out = out + (four[j],)
+        else:
+            for i in tl.static_range(NH):
+                out = out + (tl.load(p + ((slot * CH + c) * 4 * Q + i) * 32 * W),)
+        h = h + (out,)
+    return h
 
 
 @triton.jit
 def _state_inputs(
     x_p, dt_p, m_p, offs, k, end, l, frames, half, mask_d, T: tl.constexpr, SX: tl.constexpr, SDT: tl.constexpr,
-    MASK: tl.constexpr, REVERSE: tl.constexpr, TIME: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+    MASK: tl.constexpr, REVERSE: tl.constexpr, TIME: tl.constexpr, EVEN: tl.constexpr, CH: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     # x, dt and mask of the lane's own token of each pair of the T tokens from k
     out = ()
     for j in tl.static_range(0, T, 2):
         live = k + j + half < end
         ok = live if EVEN else live & mask_d
-        x = load_raw(own_at(x_p, offs, k, j, l, frames, half, SX, REVERSE, TIME), ok, ASM)
-        dt = load_raw(own_at(dt_p, offs, k, j, l, frames, half, SDT, REVERSE, TIME), ok, ASM)
+        x = load_words(own_at(x_p, offs, k, j, l, frames, half, SX, REVERSE, TIME), ok, CH, ASM)
+        dt = load_words(own_at(dt_p, offs, k, j, l, frames, half, SDT, REVERSE, TIME), ok, CH, ASM)
         if MASK:
             m = tl.load(own_at(m_p, half * 0, k, j, l, frames, half, 1, REVERSE, TIME), mask=live, other=0)
         else:
-            m = dt
-        out = out + ((x, dt, m),)
+            m = dt[0]
+        out = out + (x + dt + (m,),)
     return out
 
 
@@ -160,33 +170,67 @@ def _state_inputs(
 def _output_inputs(
     z_p, dy_p, s_p, offs, k, end, l, frames, half, mask_d, T: tl.constexpr, SZ: tl.constexpr, SDY: tl.constexpr,
     SY: tl.constexpr, HAS_Z: tl.constexpr, ADD: tl.constexpr, REVERSE: tl.constexpr, TIME: tl.constexpr,
-    EVEN: tl.constexpr, ASM: tl.constexpr,
+    EVEN: tl.constexpr, CH: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    # likewise z, dy and the parked s
+    # likewise dy, z and the parked s
     out = ()
     for j in tl.static_range(0, T, 2):
         live = k + j + half < end
         ok = live if EVEN else live & mask_d
-        dy = load_raw(own_at(dy_p, offs, k, j, l, frames, half, SDY, REVERSE, TIME), ok, ASM)
-        z = load_raw(own_at(z_p, offs, k, j, l, frames, half, SZ, REVERSE, TIME), ok, ASM) if HAS_Z else dy
-        s = tl.load(own_at(s_p, offs, k, j, l, frames, half, SY, REVERSE, TIME), mask=ok, other=0.0) if ADD else dy
-        out = out + ((z, dy, s),)
+        words = load_words(own_at(dy_p, offs, k, j, l, frames, half, SDY, REVERSE, TIME), ok, CH, ASM)
+        if HAS_Z:
+            words = words + load_words(own_at(z_p, offs, k, j, l, frames, half, SZ, REVERSE, TIME), ok, CH, ASM)
+        if ADD:
+            words = words + load_fp32(own_at(s_p, offs, k, j, l, frames, half, SY, REVERSE, TIME), ok, CH, ASM)
+        out = out + (words,)
     return out
 
 
 @triton.jit
 def _own_dt(
-    q, live, bias, X: tl.constexpr, DT: tl.constexpr, MASK: tl.constexpr, SOFTPLUS: tl.constexpr,
+    q, live, bias, X: tl.constexpr, DT: tl.constexpr, MASK: tl.constexpr, SOFTPLUS: tl.constexpr, CH: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    # own x, dt, dt before softplus, and whether the token counts
-    x = value(q[0], X, ASM)
-    raw = value(q[1], DT, ASM) + bias
-    dt = softplus(raw, ASM) if SOFTPLUS else raw
-    real = live & (q[2] != 0) if MASK else live
-    if MASK:
-        x = tl.where(real, x, 0.0)
-    return x, tl.where(real, dt, 0.0), raw, real
+    # of the own token: x, dt, dt before softplus, each of CH channels, and whether it counts
+    real = live & (q[len(q) - 1] != 0) if MASK else live
+    out_x = ()
+    out_dt = ()
+    out_raw = ()
+    xs = values(q, 0, X, CH, ASM)
+    dts = values(q, 1, DT, CH, ASM)
+    for c in tl.static_range(CH):
+        raw = dts[c] + bias[c]
+        dt = softplus(raw, ASM) if SOFTPLUS else raw
+        out_x = out_x + (tl.where(real, xs[c], 0.0) if MASK else xs[c],)
+        out_dt = out_dt + (tl.where(real, dt, 0.0),)
+        out_raw = out_raw + (raw,)
+    return out_x, out_dt, out_raw, real
+
+
+@triton.jit
+def _own_ds(
+    r, scale, DY: tl.constexpr, Z: tl.constexpr, HAS_Z: tl.constexpr, ADD: tl.constexpr, CH: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    # of the own token, each of CH channels: ds; what y is multiplied by for dz, and for the gated y; the parked s
+    dys = values(r, 0, DY, CH, ASM)
+    out_ds = ()
+    gate = ()
+    act = ()
+    parked = ()
+    for c in tl.static_range(CH):
+        ds = dys[c] * scale
+        if HAS_Z:
+            z = values(r, 1, Z, CH, ASM)[c]
+            sig = sigmoid(z, ASM)
+            gate = gate + (ds * (sig * (1.0 + z * (1.0 - sig))),)
+            out_ds = out_ds + (ds * (z * sig),)
+            act = act + (scale * z * sig,)
+        else:
+            out_ds = out_ds + (ds,)
+        if ADD:
+            parked = parked + (r[len(r) - CH + c],)
+    return out_ds, gate, act, parked
 
 
 @triton.jit
@@ -211,88 +255,258 @@ def _rewalk(
     mask_d, both, put_B, get_B,
     SX: tl.constexpr, SDT: tl.constexpr, SB: tl.constexpr, NH: tl.constexpr, NS: tl.constexpr, X: tl.constexpr,
     DT: tl.constexpr, TYPE: tl.constexpr, CONST_B: tl.constexpr, MASK: tl.constexpr, SOFTPLUS: tl.constexpr,
-    REVERSE: tl.constexpr, TIME: tl.constexpr, EVEN: tl.constexpr, T: tl.constexpr, W: tl.constexpr, ASM: tl.constexpr,
+    REVERSE: tl.constexpr, TIME: tl.constexpr, EVEN: tl.constexpr, T: tl.constexpr, CH: tl.constexpr,
+    W: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     # h, the state before the T tokens from kb, to slot s of the scratch -> the state after them, and the inputs of the
     # T tokens from `ahead`
     HT: tl.constexpr = T // 2
-    _save(scr, s, h, half, NH, W, ASM)
+    _save(scr, s, h, half, NH, CH, W, ASM)
     own = ()
     for p in tl.static_range(HT):
-        x, dt, _, real = _own_dt(q[p], live, bias, X, DT, MASK, SOFTPLUS, ASM)
-        own = own + ((dt, dt * x, real),)
-        if ASM:
-            put2(both + p * 256 + half * 8, dt, dt * x)
+        x, dt, _, real = _own_dt(q[p], live, bias, X, DT, MASK, SOFTPLUS, CH, ASM)
+        _put_dt(both, p, x, dt, half, CH, ASM)
+        own = own + ((x, dt, real),)
     put_rows(put_B, rB, T, TYPE, CONST_B, ASM)
     if ASM:
         warp_sync(lane)
     q = _state_inputs(
         x_p, dt_p, m_p, offs_d, ahead, end, walk, frames, half, mask_d, T,
-        SX, SDT, MASK, REVERSE, TIME, EVEN, ASM,
+        SX, SDT, MASK, REVERSE, TIME, EVEN, CH, ASM,
     )  # fmt: skip
     rB = load_rows(B_p, m_p, sB_n, ahead, end, walk, frames, lane, T, SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM)
     for p in tl.static_range(HT):
-        dt, u, real = own[p]
-        if ASM:
-            dt0, u0, dt1, u1 = get4(both + p * 256)
-        else:
-            dt0, dt1 = to_both(dt, lane, ASM)
-            u0, u1 = to_both(u, lane, ASM)
-        b0, b1 = pair_rows(
+        x, dt, real = own[p]
+        dt0, u0, dt1, u1 = _both_dt(both, p, x, dt, lane, CH, ASM)
+        b0, b1 = _channel_rows(
             get_B, Bc, B_p, sB_n, kb + 2 * p, end, walk, frames, half, real, lane, 2 * p,
-            SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM,
+            SB, NH, NS, CONST_B, MASK, REVERSE, TIME, CH, ASM,
         )  # fmt: skip
-        h = advance(h, decays(A, dt0, NH, ASM), b0, u0, NH)
-        h = advance(h, decays(A, dt1, NH, ASM), b1, u1, NH)
+        h = _advance(h, A, dt0, b0, u0, NH, CH, ASM)
+        h = _advance(h, A, dt1, b1, u1, NH, CH, ASM)
     if ASM:
         warp_sync(lane)
     return h, q, rB
 
 
 @triton.jit
-def _both_tokens(both, both_ds, p, x, dt, ds, lane, ASM: tl.constexpr):
-    # dt and dt x of each token of pair p, then ds of each, in every lane; x, dt, ds: the own token's
-    if ASM:
-        dt0, u0, dt1, u1 = get4(both + p * 256)
-        ds0, ds1 = get2(both_ds + p * 128)
-    else:
-        dt0, dt1 = to_both(dt, lane, ASM)
-        u0, u1 = to_both(dt * x, lane, ASM)
-        ds0, ds1 = to_both(ds, lane, ASM)
-    return dt0, u0, dt1, u1, ds0, ds1
-
-
-@triton.jit
-def _add_products(acc, h0, ds0, h1, ds1, NH: tl.constexpr):
+def _advance(h, A, dt, B, u, NH: tl.constexpr, CH: tl.constexpr, ASM: tl.constexpr):
     out = ()
-    for i in tl.static_range(NH):
-        out = out + (acc[i] + h0[i] * ds0 + h1[i] * ds1,)
+    for c in tl.static_range(CH):
+        out = out + (advance(h[c], decays(A[c], dt[c], NH, ASM), B[c], u[c], NH),)
     return out
 
 
 @triton.jit
-def _token_back(dh, dA, dBc, A, B, C, h, a, dt, u, ds, NH: tl.constexpr, CONST_B: tl.constexpr):
-    # One token of the adjoint walk; h: the state before the token.  -> dh before it, dA, dBc, products for dB, and the
-    # lane's sums <dh, B> and <dh decay h, A>.
-    pB = ()
-    nd = ()
-    nA = ()
-    nB = ()
-    gB = dt * 0.0
-    gA = dt * 0.0
-    for i in tl.static_range(NH):
-        g = dh[i] + C[i] * ds
-        gB += g * B[i]
-        if CONST_B:
-            nB = nB + (dBc[i] + g * u,)
+def _channel_rows(
+    area, const, p, s_n, k, end, l, frames, half, real, lane, J: tl.constexpr, S: tl.constexpr, NH: tl.constexpr,
+    NS: tl.constexpr, CONST: tl.constexpr, MASK: tl.constexpr, REVERSE: tl.constexpr, TIME: tl.constexpr,
+    CH: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    # `pair_rows` of each channel: they share them unless constant
+    if CONST:
+        return const, const
+    else:
+        row0, row1 = pair_rows(
+            area, const, p, s_n, k, end, l, frames, half, real, lane, J, S, NH, NS, CONST, MASK, REVERSE, TIME, ASM
+        )
+        rows0 = ()
+        rows1 = ()
+        for _ in tl.static_range(CH):
+            rows0 = rows0 + (row0,)
+            rows1 = rows1 + (row1,)
+        return rows0, rows1
+
+
+# Shared memory of a pair of tokens: 16 bytes a channel pair or channel and what is below.  CH = 1: (dt, u) of both
+# tokens, and (ds) of both; CH = 2: (dt, u) of both channels of the first token, then of the second, and (ds) of both
+# channels of the first token, then the second.  u = dt x.
+@triton.jit
+def _put_dt(both, p, x, dt, half, CH: tl.constexpr, ASM: tl.constexpr):
+    if ASM:
+        if CH == 1:
+            put2(both + p * 256 + half * 8, dt[0], dt[0] * x[0])
         else:
-            pB = pB + (g * u,)
-        g *= a[i]
-        nd = nd + (g,)
-        g *= h[i]
-        nA = nA + (dA[i] + g * dt,)
-        gA += g * A[i]
-    return nd, nA, nB, pB, gB, gA
+            put4(both + p * 512 + half * 256, dt[0], dt[0] * x[0], dt[1], dt[1] * x[1])
+
+
+@triton.jit
+def _both_dt(both, p, x, dt, lane, CH: tl.constexpr, ASM: tl.constexpr):
+    # dt and u of the first token of pair p, then of the second, each of CH channels, in every lane
+    if not ASM:
+        dt0 = ()
+        dt1 = ()
+        u0 = ()
+        u1 = ()
+        for c in tl.static_range(CH):
+            first, second = to_both(dt[c], lane, ASM)
+            dt0 = dt0 + (first,)
+            dt1 = dt1 + (second,)
+            first, second = to_both(dt[c] * x[c], lane, ASM)
+            u0 = u0 + (first,)
+            u1 = u1 + (second,)
+        return dt0, u0, dt1, u1
+    elif CH == 1:
+        dt0, u0, dt1, u1 = get4(both + p * 256)
+        return (dt0,), (u0,), (dt1,), (u1,)
+    else:
+        dt00, u00, dt01, u01 = get4(both + p * 512)
+        dt10, u10, dt11, u11 = get4(both + p * 512 + 256)
+        return (dt00, dt01), (u00, u01), (dt10, dt11), (u10, u11)
+
+
+@triton.jit
+def _put_ds(both_ds, p, ds, half, CH: tl.constexpr, ASM: tl.constexpr):
+    if ASM:
+        if CH == 1:
+            put1(both_ds + p * 128 + half * 4, ds[0])
+        else:
+            put2(both_ds + p * 256 + half * 8, ds[0], ds[1])
+
+
+@triton.jit
+def _both_ds(both_ds, p, ds, lane, CH: tl.constexpr, ASM: tl.constexpr):
+    if not ASM:
+        ds0 = ()
+        ds1 = ()
+        for c in tl.static_range(CH):
+            first, second = to_both(ds[c], lane, ASM)
+            ds0 = ds0 + (first,)
+            ds1 = ds1 + (second,)
+        return ds0, ds1
+    elif CH == 1:
+        ds0, ds1 = get2(both_ds + p * 128)
+        return (ds0,), (ds1,)
+    else:
+        ds00, ds01, ds10, ds11 = get4(both_ds + p * 256)
+        return (ds00, ds01), (ds10, ds11)
+
+
+@triton.jit
+def _products(h, ds, NH: tl.constexpr, CH: tl.constexpr):
+    # h ds of each state, summed over the lane's channels
+    out = scaled(h[0], ds[0], NH)
+    for c in tl.static_range(1, CH):
+        out = _add(out, h[c], ds[c], NH)
+    return out
+
+
+@triton.jit
+def _add(acc, h, ds, NH: tl.constexpr):
+    out = ()
+    for i in tl.static_range(NH):
+        out = out + (tl.fma(h[i], ds, acc[i]),)
+    return out
+
+
+@triton.jit
+def _plus(u, v, CH: tl.constexpr):
+    out = ()
+    for c in tl.static_range(CH):
+        out = out + (u[c] + v[c],)
+    return out
+
+
+@triton.jit
+def _plus_product(acc, u, v, CH: tl.constexpr):
+    out = ()
+    for c in tl.static_range(CH):
+        out = out + (tl.fma(u[c], v[c], acc[c]),)
+    return out
+
+
+@triton.jit
+def _add_each(acc, h, ds, NH: tl.constexpr, CH: tl.constexpr):
+    out = ()
+    for c in tl.static_range(CH):
+        out = out + (_add(acc[c], h[c], ds[c], NH),)
+    return out
+
+
+@triton.jit
+def _zeros(like, NH: tl.constexpr, CH: tl.constexpr):
+    out = ()
+    for _ in tl.static_range(CH):
+        out = out + (zeros(like, NH),)
+    return out
+
+
+@triton.jit
+def _load_states(
+    p, mask, NH: tl.constexpr, NS: tl.constexpr, half, N: tl.constexpr, CH: tl.constexpr, ASM: tl.constexpr
+):
+    out = ()
+    for c in tl.static_range(CH):
+        out = out + (load_states(p + c * N, mask, NH, NS, half, N, ASM),)
+    return out
+
+
+@triton.jit
+def _store_states(
+    p, h, mask, NH: tl.constexpr, NS: tl.constexpr, half, N: tl.constexpr, CH: tl.constexpr, ASM: tl.constexpr
+):
+    for c in tl.static_range(CH):
+        store_states(p + c * N, h[c], mask, NH, NS, half, N, ASM)
+
+
+@triton.jit
+def _load_const(p, mask, s_d, s_n, NH: tl.constexpr, NS: tl.constexpr, half, CONST: tl.constexpr, CH: tl.constexpr):
+    out = ()
+    if CONST:
+        for c in tl.static_range(CH):
+            out = out + (load_each(p + c * s_d, mask, s_n, NH, NS, half),)
+    return out
+
+
+@triton.jit
+def _load_parameter(p, mask, like, HAS: tl.constexpr, CH: tl.constexpr):
+    out = ()
+    for c in tl.static_range(CH):
+        out = out + (tl.load(p + c, mask=mask, other=0.0) if HAS else like,)
+    return out
+
+
+@triton.jit
+def _token_back(dh, dA, dBc, A, B, C, h, dt, u, ds, NH: tl.constexpr, CONST_B: tl.constexpr, CH: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    # One token of the adjoint walk; h: the states before the token.  -> dh before it, dA, dBc, products for dB summed
+    # over the lane's channels, and of each channel the lane's sums <dh, B> and <dh decay h, A>.
+    pB = ()
+    all_d = ()
+    all_A = ()
+    all_B = ()
+    all_gB = ()
+    all_gA = ()
+    for c in tl.static_range(CH):
+        a = decays(A[c], dt[c], NH, ASM)
+        nB = ()
+        nd = ()
+        nA = ()
+        pC = ()
+        gB = dt[c] * 0.0
+        gA = dt[c] * 0.0
+        for i in tl.static_range(NH):
+            g = dh[c][i] + C[c][i] * ds[c]
+            gB += g * B[c][i]
+            if CONST_B:
+                nB = nB + (dBc[c][i] + g * u[c],)
+            elif c == 0:
+                pC = pC + (g * u[c],)
+            else:
+                pC = pC + (tl.fma(g, u[c], pB[i]),)
+            g *= a[i]
+            nd = nd + (g,)
+            g *= h[c][i]
+            nA = nA + (dA[c][i] + g * dt[c],)
+            gA += g * A[c][i]
+        pB = pC
+        all_d = all_d + (nd,)
+        all_A = all_A + (nA,)
+        all_B = all_B + (nB,)
+        all_gB = all_gB + (gB,)
+        all_gA = all_gA + (gA,)
+    return all_d, all_A, all_B, pB, all_gB, all_gA
 
 
 @triton.jit
@@ -319,16 +533,18 @@ def _emit(
 def _scan_bwd_kernel(
     dy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, cs_ptr, dhl_ptr, s_ptr, gB_ptr, gA_ptr, cu_ptr,
     mask_ptr, dx_ptr, ddt_ptr, dz_ptr, y_ptr, dBC_ptr, dA_ptr, dBc_ptr, dCc_ptr, dD_ptr, dbias_ptr, dh0_ptr,
-    scratch_ptr, carry_ptr, ready_ptr, scale, l, d, seqs, splits, frames, sdy_b, sx_b, sdt_b, sz_b, sB_b, sC_b, sB_g, sC_g, sB_n, sC_n, sm_b,
+    scratch_ptr, carry_ptr, ready_ptr, scale, l, d, seqs, splits, frames, sdy_b, sx_b, sdt_b, sz_b, sB_b, sC_b, sB_g,
+    sC_g, sB_n, sC_n, sm_b,
     SDY: tl.constexpr, SX: tl.constexpr, SDT: tl.constexpr, SZ: tl.constexpr, SB: tl.constexpr, SC: tl.constexpr,
     SY: tl.constexpr, SDZ: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr, NS: tl.constexpr,
     CONST_B: tl.constexpr, CONST_C: tl.constexpr, HAS_Z: tl.constexpr, OUT: tl.constexpr, HAS_D: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_DHL: tl.constexpr, HAS_DH0: tl.constexpr, ADD: tl.constexpr, PARK: tl.constexpr,
     ADD_G: tl.constexpr, PARK_G: tl.constexpr, PACKED: tl.constexpr, MASK: tl.constexpr, REVERSE: tl.constexpr,
     TIME: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, LS: tl.constexpr, SHARE: tl.constexpr,
-    EVEN: tl.constexpr, T: tl.constexpr, W: tl.constexpr, SHARED: tl.constexpr, ASM: tl.constexpr, CHUNK: tl.constexpr,
+    EVEN: tl.constexpr, T: tl.constexpr, CH: tl.constexpr, W: tl.constexpr, SHARED: tl.constexpr, ASM: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
-    # Grid (P * g * cdiv(d / g, 16 W),): a program owns 16 W channels and every P-th sequence (LS > 0: piece of LS
+    # Grid (P * g * cdiv(d / g, 16 CH W),): a program owns 16 CH W channels and every P-th sequence (LS > 0: piece of LS
     #   tokens), so dA, dD, ddt_bias stay in registers over all of them; lanes as in _triton_scan.
     #   SHARE: the P programs of the same channels share the chunks of all sequences evenly.  Program p takes the p-th
     #   part of the list (sequence, chunks last first), its last sequence first: where that is not finished, the state
@@ -348,13 +564,15 @@ def _scan_bwd_kernel(
     # Bound: issue slots.
     NH: tl.constexpr = (NS + 1) // 2
     Q: tl.constexpr = (NH + 3) // 4
-    BD: tl.constexpr = 16 * W
+    BD: tl.constexpr = 16 * CH * W
     NB1: tl.constexpr = CHUNK // T
     HT: tl.constexpr = T // 2
     TYPE: tl.constexpr = B_ptr.dtype.element_ty
     C_TYPE: tl.constexpr = C_ptr.dtype.element_ty
     X: tl.constexpr = x_ptr.dtype.element_ty
     DT: tl.constexpr = dt_ptr.dtype.element_ty
+    DY: tl.constexpr = dy_ptr.dtype.element_ty
+    Z: tl.constexpr = z_ptr.dtype.element_ty if HAS_Z else X
     lane = tl.arange(0, 32 * W)
     half = (lane // 16) % 2
     dg = d // GROUPS
@@ -362,17 +580,20 @@ def _scan_bwd_kernel(
     pid = tl.program_id(0)
     blk = pid % nblk
     group = blk // (nblk // GROUPS)
-    in_group = (blk % (nblk // GROUPS)) * BD + (lane // 32) * 16 + lane % 16
+    in_group = (blk % (nblk // GROUPS)) * BD + ((lane // 32) * 16 + lane % 16) * CH
     mask_d = in_group < dg
     offs_d = group * dg + in_group
     state = FIRST + half * NH
     row_state = FIRST + row_states(lane, half, NH, ASM)
     none = tl.zeros([32 * W], tl.float32)
-    A = scaled(load_states(A_ptr + offs_d * N + state, mask_d, NH, NS, half, N, ASM), LOG2E, NH)
-    D = tl.load(D_ptr + offs_d, mask=mask_d, other=0.0) if HAS_D else none
-    bias = tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0) if HAS_BIAS else none
-    Bc = load_each(B_ptr + offs_d * SB + state * sB_n, mask_d, sB_n, NH, NS, half) if CONST_B else ()
-    Cc = load_each(C_ptr + offs_d * SC + state * sC_n, mask_d, sC_n, NH, NS, half) if CONST_C else ()
+    A = ()
+    for c in tl.static_range(CH):
+        at = A_ptr + (offs_d + c) * N + state
+        A = A + (scaled(load_states(at, mask_d, NH, NS, half, N, ASM), LOG2E, NH),)
+    D = _load_parameter(D_ptr + offs_d, mask_d, none, HAS_D, CH)
+    bias = _load_parameter(bias_ptr + offs_d, mask_d, none, HAS_BIAS, CH)
+    Bc = _load_const(B_ptr + offs_d * SB + state * sB_n, mask_d, SB, sB_n, NH, NS, half, CONST_B, CH)
+    Cc = _load_const(C_ptr + offs_d * SC + state * sC_n, mask_d, SC, sC_n, NH, NS, half, CONST_C, CH)
     # where lane's sum lies in a row of 32: (token of the pair, half, 8 states)
     v = 4 * (lane & 3) + ((lane >> 3) & 1) + 2 * ((lane >> 2) & 1)
     place = (v // 8) * 16 + ((lane >> 4) & 1) * 8 + v % 8
@@ -380,13 +601,14 @@ def _scan_bwd_kernel(
         e = _one_hots(lane)
         warp = lane // 32
         shared = reserve(lane * 0, SHARED)
-        both = shared + warp * (320 * T) + (lane % 16) * 16  # dt, dt x of a pair's two tokens
-        both_ds = shared + warp * (320 * T) + 128 * T + (lane % 16) * 8
-        put_B = shared + warp * (320 * T) + 192 * T + (lane % 32) * 8
-        get_B = shared + warp * (320 * T) + 192 * T + half * 32
-        sums = shared + 320 * T * W
+        own_shared = shared + warp * (192 * CH + 128) * T
+        both = own_shared + (lane % 16) * 16
+        both_ds = own_shared + 128 * CH * T + (lane % 16) * 8 * CH
+        put_B = own_shared + 192 * CH * T + (lane % 32) * 8
+        get_B = own_shared + 192 * CH * T + half * 32
+        sums = shared + (192 * CH + 128) * T * W
         place *= 4 if W > 1 else 1
-        scr = scratch_ptr + pid.to(tl.int64) * (NB1 * 4 * Q * 32 * W) + lane * 4
+        scr = scratch_ptr + pid.to(tl.int64) * (NB1 * CH * 4 * Q * 32 * W) + lane * 4
     else:
         e = ()
         warp = lane
@@ -395,14 +617,14 @@ def _scan_bwd_kernel(
         put_B = lane
         get_B = lane
         sums = lane
-        scr = scratch_ptr + pid.to(tl.int64) * (NB1 * 4 * Q * 32 * W) + lane
+        scr = scratch_ptr + pid.to(tl.int64) * (NB1 * CH * 4 * Q * 32 * W) + lane
     put_C = put_B + 64 * T
     get_C = get_B + 64 * T
-    dA = zeros(none, NH)
-    dBc = zeros(none, NH) if CONST_B else ()
-    dCc = zeros(none, NH) if CONST_C else ()
-    dD = none
-    dbias = none
+    dA = _zeros(none, NH, CH)
+    dBc = _zeros(none, NH if CONST_B else 0, CH)
+    dCc = _zeros(none, NH, CH) if CONST_C else ()
+    dD = zeros(none, CH)
+    dbias = zeros(none, CH)
     turn = 0
     worker = pid // nblk
     workers = tl.num_programs(0) // nblk
@@ -449,9 +671,9 @@ def _scan_bwd_kernel(
         B_p = (B_ptr + (base * sB_b + before * SB + group * sB_g)) + row_state * sB_n
         C_p = (C_ptr + (base * sC_b + before * SC + group * sC_g)) + row_state * sC_n
         if HAS_DHL:
-            dh = load_states(dhl_ptr + (slot * d + offs_d) * N + state, mask_d, NH, NS, half, N, ASM)
+            dh = _load_states(dhl_ptr + (slot * d + offs_d) * N + state, mask_d, NH, NS, half, N, CH, ASM)
         else:
-            dh = zeros(none, NH)
+            dh = _zeros(none, NH, CH)
         chunks = tl.cdiv(end - begin, CHUNK)
         if SHARE:
             skip = tl.maximum(low - work * every, 0)
@@ -461,26 +683,27 @@ def _scan_bwd_kernel(
                 waiting = tl.atomic_add(ready_ptr + pid - nblk, 0, sem="acquire") == 0
             tl.debug_barrier()
             at = carry_ptr + ((worker - 1).to(tl.int64) * d + offs_d) * NS + half * NH
-            dh = _choose(skip > 0, load_states(at, mask_d & (skip > 0), NH, NS, half, NS, ASM), dh)
+            dh = _either(skip > 0, _load_states(at, mask_d & (skip > 0), NH, NS, half, NS, CH, ASM), dh)
         else:
             skip = 0
             stop = chunks
-        for cc in range(skip, stop):
-            c = chunks - 1 - cc
-            k0 = begin + c * CHUNK
+        for later in range(skip, stop):
+            k0 = begin + (chunks - 1 - later) * CHUNK
             blocks = tl.cdiv(tl.minimum(CHUNK, end - k0), T)
-            h = load_states(cs_ptr + ((chunk0 + k0 // CHUNK) * d + offs_d) * N + state, mask_d, NH, NS, half, N, ASM)
+            at = cs_ptr + ((chunk0 + k0 // CHUNK) * d + offs_d) * N + state
+            h = _load_states(at, mask_d, NH, NS, half, N, CH, ASM)
             # (1) states every T tokens, two blocks a turn, the inputs of the next two under way.  The last block is
             # not walked: where it is the second of a turn, nothing of it is `live`, and its inputs come again.
             q = _state_inputs(
-                x_p, dt_p, m_p, offs_d, k0, end, walk, frames, half, mask_d, T, SX, SDT, MASK, REVERSE, TIME, EVEN, ASM
-            )
+                x_p, dt_p, m_p, offs_d, k0, end, walk, frames, half, mask_d, T,
+                SX, SDT, MASK, REVERSE, TIME, EVEN, CH, ASM,
+            )  # fmt: skip
             rB = load_rows(
                 B_p, m_p, sB_n, k0, end, walk, frames, lane, T, SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM
             )
             odd_q = _state_inputs(
                 x_p, dt_p, m_p, offs_d, k0 + T, end, walk, frames, half, mask_d, T,
-                SX, SDT, MASK, REVERSE, TIME, EVEN, ASM,
+                SX, SDT, MASK, REVERSE, TIME, EVEN, CH, ASM,
             )  # fmt: skip
             odd_rB = load_rows(
                 B_p, m_p, sB_n, k0 + T, end, walk, frames, lane, T, SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM
@@ -490,13 +713,13 @@ def _scan_bwd_kernel(
                 h, q, rB = _rewalk(
                     h, q, rB, scr, s, half < 2, kb, kb + 2 * T, A, Bc, bias, x_p, dt_p, B_p, m_p, offs_d, sB_n, end,
                     walk, frames, lane, half, mask_d, both, put_B, get_B,
-                    SX, SDT, SB, NH, NS, X, DT, TYPE, CONST_B, MASK, SOFTPLUS, REVERSE, TIME, EVEN, T, W, ASM,
+                    SX, SDT, SB, NH, NS, X, DT, TYPE, CONST_B, MASK, SOFTPLUS, REVERSE, TIME, EVEN, T, CH, W, ASM,
                 )  # fmt: skip
                 more = s + 2 < blocks
                 h, odd_q, odd_rB = _rewalk(
                     h, odd_q, odd_rB, scr, s + 1, (half < 2) & more, kb + T, tl.where(more, kb + 3 * T, kb + T), A, Bc,
                     bias, x_p, dt_p, B_p, m_p, offs_d, sB_n, end, walk, frames, lane, half, mask_d, both, put_B, get_B,
-                    SX, SDT, SB, NH, NS, X, DT, TYPE, CONST_B, MASK, SOFTPLUS, REVERSE, TIME, EVEN, T, W, ASM,
+                    SX, SDT, SB, NH, NS, X, DT, TYPE, CONST_B, MASK, SOFTPLUS, REVERSE, TIME, EVEN, T, CH, W, ASM,
                 )  # fmt: skip
             even = blocks % 2 == 1
             q = _either(even, q, odd_q)
@@ -508,7 +731,7 @@ def _scan_bwd_kernel(
             )
             r = _output_inputs(
                 z_p, dy_p, s_p, offs_d, kb, end, walk, frames, half, mask_d, T, SZ, SDY, SY, HAS_Z, ADD,
-                REVERSE, TIME, EVEN, ASM,
+                REVERSE, TIME, EVEN, CH, ASM,
             )  # fmt: skip
             for ss in range(0, blocks):
                 s = blocks - 1 - ss
@@ -517,20 +740,11 @@ def _scan_bwd_kernel(
                 own = ()
                 for p in tl.static_range(HT):
                     live = kb + 2 * p + half < end
-                    x, dt, raw, real = _own_dt(q[p], live, bias, X, DT, MASK, SOFTPLUS, ASM)
-                    ds = value(r[p][1], dy_ptr.dtype.element_ty, ASM) * scale
-                    gate = ds
-                    act = none
-                    if HAS_Z:
-                        z = value(r[p][0], z_ptr.dtype.element_ty, ASM)
-                        sig = sigmoid(z, ASM)
-                        gate = ds * (sig * (1.0 + z * (1.0 - sig)))
-                        ds *= z * sig
-                        act = scale * z * sig
-                    if ASM:
-                        put2(both + p * 256 + half * 8, dt, dt * x)
-                        put1(both_ds + p * 128 + half * 4, ds)
-                    own = own + ((x, dt, raw, real, ds, gate, act, r[p][2] if ADD else none),)
+                    x, dt, raw, real = _own_dt(q[p], live, bias, X, DT, MASK, SOFTPLUS, CH, ASM)
+                    ds, gate, act, parked = _own_ds(r[p], scale, DY, Z, HAS_Z, ADD, CH, ASM)
+                    _put_dt(both, p, x, dt, half, CH, ASM)
+                    _put_ds(both_ds, p, ds, half, CH, ASM)
+                    own = own + ((x, dt, raw, real, ds, gate, act, parked),)
                 put_rows(put_B, rB, T, TYPE, CONST_B, ASM)
                 put_rows(put_C, rC, T, C_TYPE, CONST_C, ASM)
                 if ASM:
@@ -541,42 +755,52 @@ def _scan_bwd_kernel(
                     k = kb + 2 * p
                     live = k + half < end
                     x, dt, raw, real, ds, gate, act, parked = own[p]
-                    dt0, u0, dt1, u1, ds0, ds1 = _both_tokens(both, both_ds, p, x, dt, ds, lane, ASM)
-                    b0, b1 = pair_rows(
+                    dt0, u0, dt1, u1 = _both_dt(both, p, x, dt, lane, CH, ASM)
+                    ds0, ds1 = _both_ds(both_ds, p, ds, lane, CH, ASM)
+                    b0, b1 = _channel_rows(
                         get_B, Bc, B_p, sB_n, k, end, walk, frames, half, real, lane, 2 * p,
-                        SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM,
+                        SB, NH, NS, CONST_B, MASK, REVERSE, TIME, CH, ASM,
                     )  # fmt: skip
-                    c0, c1 = pair_rows(
+                    c0, c1 = _channel_rows(
                         get_C, Cc, C_p, sC_n, k, end, walk, frames, half, real, lane, 2 * p,
-                        SC, NH, NS, CONST_C, False, REVERSE, TIME, ASM,
+                        SC, NH, NS, CONST_C, False, REVERSE, TIME, CH, ASM,
                     )  # fmt: skip
-                    h0 = advance(h, decays(A, dt0, NH, ASM), b0, u0, NH)
+                    h0 = _advance(h, A, dt0, b0, u0, NH, CH, ASM)
                     states = states + ((h, h0),)
-                    h = advance(h0, decays(A, dt1, NH, ASM), b1, u1, NH)
+                    h = _advance(h0, A, dt1, b1, u1, NH, CH, ASM)
                     if HAS_Z or PARK:
-                        y = own_total(dot(h0, c0, NH), dot(h, c1, NH), lane, ASM)
-                        if FIRST == 0 and HAS_D:
-                            y = tl.fma(D, x, y)
-                        if ADD:
-                            y += parked
+                        y = ()
+                        dz = ()
+                        gated = ()
+                        for c in tl.static_range(CH):
+                            s_c = own_total(dot(h0[c], c0[c], NH), dot(h[c], c1[c], NH), lane, ASM)
+                            if FIRST == 0 and HAS_D:
+                                s_c = tl.fma(D[c], x[c], s_c)
+                            if ADD:
+                                s_c += parked[c]
+                            y = y + (s_c,)
+                            if HAS_Z:
+                                dz = dz + (gate[c] * s_c,)
+                                gated = gated + (act[c] * s_c,)
                         ok = live if EVEN else live & mask_d
                         if PARK:
-                            tl.store(own_at(s_p, offs_d, kb, 2 * p, walk, frames, half, SY, REVERSE, TIME), y, mask=ok)
+                            to = own_at(s_p, offs_d, kb, 2 * p, walk, frames, half, SY, REVERSE, TIME)
+                            store_values(to, y, ok, CH, ASM)
                         elif HAS_Z:
                             to = own_at(dz_ptr + row_dz, offs_d, kb, 2 * p, walk, frames, half, SDZ, REVERSE, TIME)
-                            tl.store(to, (gate * y).to(dz_ptr.dtype.element_ty), mask=ok)
+                            store_values(to, dz, ok, CH, ASM)
                             if OUT:
                                 to = own_at(y_ptr + row, offs_d, kb, 2 * p, walk, frames, half, SY, REVERSE, TIME)
-                                tl.store(to, (act * y).to(y_ptr.dtype.element_ty), mask=ok)
+                                store_values(to, gated, ok, CH, ASM)
                     if CONST_C:
-                        dCc = _add_products(dCc, h0, ds0, h, ds1, NH)
+                        dCc = _add_each(_add_each(dCc, h0, ds0, NH, CH), h, ds1, NH, CH)
                     else:
                         if W == 1 or not ASM:
                             to = dBC_ptr + ((pair0 + k // 2) * nblk + blk) * 64 + 32
                         else:
                             to = sums + ((turn * HT + p) * 2 + 1) * 128 * W + warp * 128
                         _emit(
-                            to, scaled(h0, ds0, NH), scaled(h, ds1, NH), e, place, k < end, lane, half,
+                            to, _products(h0, ds0, NH, CH), _products(h, ds1, NH, CH), e, place, k < end, lane, half,
                             NH, W, EXACT, ASM,
                         )  # fmt: skip
                 # (3) backward; the inputs of the T tokens before come under way
@@ -584,11 +808,11 @@ def _scan_bwd_kernel(
                 k = k0 + before_s * T
                 q = _state_inputs(
                     x_p, dt_p, m_p, offs_d, k, end, walk, frames, half, mask_d, T,
-                    SX, SDT, MASK, REVERSE, TIME, EVEN, ASM,
+                    SX, SDT, MASK, REVERSE, TIME, EVEN, CH, ASM,
                 )  # fmt: skip
                 r = _output_inputs(
                     z_p, dy_p, s_p, offs_d, k, end, walk, frames, half, mask_d, T, SZ, SDY, SY, HAS_Z, ADD,
-                    REVERSE, TIME, EVEN, ASM,
+                    REVERSE, TIME, EVEN, CH, ASM,
                 )  # fmt: skip
                 rB = load_rows(
                     B_p, m_p, sB_n, k, end, walk, frames, lane, T, SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM
@@ -598,53 +822,67 @@ def _scan_bwd_kernel(
                 )
                 for p in tl.static_range(HT - 1, -1, -1):
                     if p == 0:
-                        h = _restore(scr, before_s, half, NH, W, ASM)
+                        h = _restore(scr, before_s, half, NH, CH, W, ASM)
                     k = kb + 2 * p
                     live = k + half < end
                     ok = live if EVEN else live & mask_d
                     x, dt, raw, real, ds, _, _, _ = own[p]
                     if not MASK:
                         real = live
-                    dt0, u0, dt1, u1, ds0, ds1 = _both_tokens(both, both_ds, p, x, dt, ds, lane, ASM)
-                    b0, b1 = pair_rows(
+                    dt0, u0, dt1, u1 = _both_dt(both, p, x, dt, lane, CH, ASM)
+                    ds0, ds1 = _both_ds(both_ds, p, ds, lane, CH, ASM)
+                    b0, b1 = _channel_rows(
                         get_B, Bc, B_p, sB_n, k, end, walk, frames, half, real, lane, 2 * p,
-                        SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM,
+                        SB, NH, NS, CONST_B, MASK, REVERSE, TIME, CH, ASM,
                     )  # fmt: skip
-                    c0, c1 = pair_rows(
+                    c0, c1 = _channel_rows(
                         get_C, Cc, C_p, sC_n, k, end, walk, frames, half, real, lane, 2 * p,
-                        SC, NH, NS, CONST_C, False, REVERSE, TIME, ASM,
+                        SC, NH, NS, CONST_C, False, REVERSE, TIME, CH, ASM,
                     )  # fmt: skip
                     ha, hb = states[p]
-                    a1 = decays(A, dt1, NH, ASM)
-                    dh, dA, dBc, pB1, gB1, gA1 = _token_back(dh, dA, dBc, A, b1, c1, hb, a1, dt1, u1, ds1, NH, CONST_B)
-                    a0 = decays(A, dt0, NH, ASM)
-                    dh, dA, dBc, pB0, gB0, gA0 = _token_back(dh, dA, dBc, A, b0, c0, ha, a0, dt0, u0, ds0, NH, CONST_B)
-                    gB = own_total(gB0, gB1, lane, ASM)
-                    gA = own_total(gA0, gA1, lane, ASM)
+                    dh, dA, dBc, pB1, gB1, gA1 = _token_back(
+                        dh, dA, dBc, A, b1, c1, hb, dt1, u1, ds1, NH, CONST_B, CH, ASM
+                    )
+                    dh, dA, dBc, pB0, gB0, gA0 = _token_back(
+                        dh, dA, dBc, A, b0, c0, ha, dt0, u0, ds0, NH, CONST_B, CH, ASM
+                    )
+                    gB = ()
+                    gA = ()
+                    for c in tl.static_range(CH):
+                        gB = gB + (own_total(gB0[c], gB1[c], lane, ASM),)
+                        gA = gA + (own_total(gA0[c], gA1[c], lane, ASM),)
+                    to_gB = (
+                        own_at(gB_ptr + row, offs_d, kb, 2 * p, walk, frames, half, SY, REVERSE, TIME)
+                        if ADD_G or PARK_G
+                        else x_p
+                    )
+                    to_gA = (
+                        own_at(gA_ptr + row, offs_d, kb, 2 * p, walk, frames, half, SY, REVERSE, TIME)
+                        if ADD_G or PARK_G
+                        else x_p
+                    )
                     if ADD_G:
-                        to = own_at(gB_ptr + row, offs_d, kb, 2 * p, walk, frames, half, SY, REVERSE, TIME)
-                        gB += tl.load(to, mask=ok, other=0.0)
-                        to = own_at(gA_ptr + row, offs_d, kb, 2 * p, walk, frames, half, SY, REVERSE, TIME)
-                        gA += tl.load(to, mask=ok, other=0.0)
+                        gB = _plus(gB, load_fp32(to_gB, ok, CH, ASM), CH)
+                        gA = _plus(gA, load_fp32(to_gA, ok, CH, ASM), CH)
                     if PARK_G:
-                        to = own_at(gB_ptr + row, offs_d, kb, 2 * p, walk, frames, half, SY, REVERSE, TIME)
-                        tl.store(to, gB, mask=ok)
-                        to = own_at(gA_ptr + row, offs_d, kb, 2 * p, walk, frames, half, SY, REVERSE, TIME)
-                        tl.store(to, gA, mask=ok)
+                        store_values(to_gB, gB, ok, CH, ASM)
+                        store_values(to_gA, gA, ok, CH, ASM)
                     else:
-                        ddt = gA * LN2 + gB * x
-                        if SOFTPLUS:
-                            ddt *= sigmoid(raw, ASM)
-                        ddt = tl.where(real, ddt, 0.0)
-                        dx = gB * dt + D * ds
-                        if MASK:
-                            dx = tl.where(real, dx, 0.0)
-                        dD += ds * x
-                        dbias += ddt
+                        ddt = ()
+                        dx = ()
+                        for c in tl.static_range(CH):
+                            g = gA[c] * LN2 + gB[c] * x[c]
+                            if SOFTPLUS:
+                                g *= sigmoid(raw[c], ASM)
+                            ddt = ddt + (tl.where(real, g, 0.0),)
+                            g = gB[c] * dt[c] + D[c] * ds[c]
+                            dx = dx + (tl.where(real, g, 0.0) if MASK else g,)
+                        dD = _plus_product(dD, ds, x, CH)
+                        dbias = _plus(dbias, ddt, CH)
                         to = own_at(dx_ptr + row, offs_d, kb, 2 * p, walk, frames, half, SY, REVERSE, TIME)
-                        tl.store(to, dx.to(dx_ptr.dtype.element_ty), mask=ok)
+                        store_values(to, dx, ok, CH, ASM)
                         to = own_at(ddt_ptr + row, offs_d, kb, 2 * p, walk, frames, half, SY, REVERSE, TIME)
-                        tl.store(to, ddt.to(ddt_ptr.dtype.element_ty), mask=ok)
+                        store_values(to, ddt, ok, CH, ASM)
                     if not CONST_B:
                         if W == 1 or not ASM:
                             to = dBC_ptr + ((pair0 + k // 2) * nblk + blk) * 64
@@ -668,24 +906,27 @@ def _scan_bwd_kernel(
                     turn = 1 - turn
         if SHARE:
             at = carry_ptr + (worker.to(tl.int64) * d + offs_d) * NS + half * NH
-            store_states(at, dh, mask_d & (stop < every), NH, NS, half, NS, ASM)
+            _store_states(at, dh, mask_d & (stop < every), NH, NS, half, NS, CH, ASM)
             tl.debug_barrier()
             if stop < every:
                 tl.atomic_xchg(ready_ptr + pid, 1, sem="release")
         if HAS_DH0:
             whole = mask_d & (stop == chunks)
-            store_states(dh0_ptr + (seq * d + offs_d) * N + state, dh, whole, NH, NS, half, N, ASM)
+            _store_states(dh0_ptr + (seq * d + offs_d) * N + state, dh, whole, NH, NS, half, N, CH, ASM)
     part = worker.to(tl.int64)
-    store_states(dA_ptr + (part * d + offs_d) * NS + half * NH, dA, mask_d, NH, NS, half, NS, ASM)
+    at = (part * d + offs_d) * NS + half * NH
+    _store_states(dA_ptr + at, dA, mask_d, NH, NS, half, NS, CH, ASM)
     if CONST_B:
-        store_states(dBc_ptr + (part * d + offs_d) * NS + half * NH, dBc, mask_d, NH, NS, half, NS, ASM)
+        _store_states(dBc_ptr + at, dBc, mask_d, NH, NS, half, NS, CH, ASM)
     if CONST_C:
-        store_states(dCc_ptr + (part * d + offs_d) * NS + half * NH, dCc, mask_d, NH, NS, half, NS, ASM)
+        _store_states(dCc_ptr + at, dCc, mask_d, NH, NS, half, NS, CH, ASM)
     if not PARK_G:
-        if HAS_D:
-            tl.store(dD_ptr + part * d + offs_d, dD + swap(dD, lane, ASM), mask=mask_d & (half == 0))
-        if HAS_BIAS:
-            tl.store(dbias_ptr + part * d + offs_d, dbias + swap(dbias, lane, ASM), mask=mask_d & (half == 0))
+        for c in tl.static_range(CH):
+            at = part * d + offs_d + c
+            if HAS_D:
+                tl.store(dD_ptr + at, dD[c] + swap(dD[c], lane, ASM), mask=mask_d & (half == 0))
+            if HAS_BIAS:
+                tl.store(dbias_ptr + at, dbias[c] + swap(dbias[c], lane, ASM), mask=mask_d & (half == 0))
 
 
 @triton.jit(do_not_specialize=["l", "frames", "splits", "sm_b"])

@@ -147,6 +147,76 @@ def value(raw, TYPE: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def load_words(p, mask, CH: tl.constexpr, ASM: tl.constexpr):
+    # `load_raw` of CH neighbouring channels, as a tuple.  Two of them are 16 bits each (ASM: in one word).
+    if CH == 1:
+        return (load_raw(p, mask, ASM),)
+    elif ASM:
+        return (
+            tl.inline_asm_elementwise(
+                "{.reg .pred p; setp.ne.s32 p, $2, 0; mov.u32 $0, 0; @p ld.global.nc.b32 $0, [$1];}",
+                "=&r,l,r", [p.to(tl.int64), mask.to(tl.int32)], dtype=tl.int32, is_pure=True, pack=1,
+            ),
+        )  # fmt: skip
+    else:
+        return tl.load(p, mask=mask, other=0.0), tl.load(p + 1, mask=mask, other=0.0)
+
+
+@triton.jit
+def values(words, NTH: tl.constexpr, TYPE: tl.constexpr, CH: tl.constexpr, ASM: tl.constexpr):
+    # the NTH of several `load_words` in a row: CH channels in fp32
+    if CH == 1:
+        return (value(words[NTH], TYPE, ASM),)
+    elif not ASM:
+        return value(words[2 * NTH], TYPE, ASM), value(words[2 * NTH + 1], TYPE, ASM)
+    elif tl.bfloat16 == TYPE:
+        return value(words[NTH], TYPE, ASM), (words[NTH] & -65536).to(tl.float32, bitcast=True)
+    else:
+        return value(words[NTH], TYPE, ASM), value(words[NTH] >> 16, TYPE, ASM)
+
+
+@triton.jit
+def load_fp32(p, mask, CH: tl.constexpr, ASM: tl.constexpr):
+    # fp32 of CH neighbouring channels
+    if CH == 1:
+        return (tl.load(p, mask=mask, other=0.0),)
+    elif ASM:
+        return tl.inline_asm_elementwise(
+            """{.reg .pred p; setp.ne.s32 p, $3, 0; mov.f32 $0, 0f00000000; mov.f32 $1, 0f00000000;
+            @p ld.global.v2.f32 {$0, $1}, [$2];}""",
+            "=&f,=&f,l,r", [p.to(tl.int64), mask.to(tl.int32)], dtype=(tl.float32, tl.float32), is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        return tl.load(p, mask=mask, other=0.0), tl.load(p + 1, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_values(p, v, mask, CH: tl.constexpr, ASM: tl.constexpr):
+    # CH neighbouring channels, rounded to what p points to
+    TYPE: tl.constexpr = p.dtype.element_ty
+    if CH == 1 or not ASM:
+        for c in tl.static_range(CH):
+            tl.store(p + c, v[c].to(TYPE), mask=mask)
+    elif tl.float32 == TYPE:
+        tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.s32 p, $4, 0; @p st.global.v2.f32 [$1], {$2, $3}; mov.u32 $0, 0;}",
+            "=r,l,f,f,r", [p.to(tl.int64), v[0], v[1], mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    elif tl.bfloat16 == TYPE:
+        tl.inline_asm_elementwise(
+            """{.reg .pred p; .reg .b32 w; setp.ne.s32 p, $4, 0; cvt.rn.bf16x2.f32 w, $3, $2; @p st.global.b32 [$1], w;
+            mov.u32 $0, 0;}""",
+            "=r,l,f,f,r", [p.to(tl.int64), v[0], v[1], mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        tl.inline_asm_elementwise(
+            """{.reg .pred p; .reg .b32 w; setp.ne.s32 p, $4, 0; cvt.rn.f16x2.f32 w, $3, $2; @p st.global.b32 [$1], w;
+            mov.u32 $0, 0;}""",
+            "=r,l,f,f,r", [p.to(tl.int64), v[0], v[1], mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def select(keep, row, NH: tl.constexpr):
     out = ()
     for i in tl.static_range(NH):

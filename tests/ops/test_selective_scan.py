@@ -1025,3 +1025,33 @@ def test_programs_share_the_chunks_of_all_sequences(reverse, backend, monkeypatc
     monkeypatch.setattr(_scan_triton, "_programs", lambda *args: (1, False))
     alone = run(inputs, backend=backend)
     assert_bitwise(got, alone, OUTPUTS_OF_A_ROW)
+
+
+TWO_CHANNELS = {
+    "reverse-mask": dict(l=11, reverse=True, mask=[[True, False, True] + 7 * [True] + [False], 11 * [True]]),
+    "packed": dict(b=1, l=13, seqs=2, cu_seqlens=[0, 6, 13], max_seqlen=7, absent=("z",)),
+    "constant-odd-states": dict(l=6, constant="BC", n=3),
+    "two-launches": dict(l=6, n=20),
+    "groups-in-time": dict(d=128, l=6, g=2, order="time", frames=3),
+    "both-ways": dict(l=6, directions=2),
+}
+
+
+@pytest.mark.parametrize("backend", on.SPLITTING)
+@pytest.mark.parametrize("form", TWO_CHANNELS)
+def test_two_channels_a_lane(form, backend, monkeypatch):
+    """As accurate as with one, which odd strides still have."""
+    from endomamba.ops import _scan_triton
+
+    monkeypatch.setitem(_scan_triton.BWD_TWO, "least", 0)
+    table, seen = _scan_triton._backward_table, []
+    monkeypatch.setattr(_scan_triton, "_backward_table", lambda *args: seen.append(table(*args)) or seen[-1])
+    inputs = make(**({"d": 64, "dtype": torch.float16} | TWO_CHANNELS[form]))
+    inputs |= {k: torch.tensor(v, device=on.DEVICE) for k, v in inputs.items() if isinstance(v, list)}
+    check_accuracy(inputs, backend)
+    assert {found["CH"] for found in seen} == {2}, "a lane had one channel"
+    if form == "two-launches":
+        seen.clear()
+        odd = torch.empty(2, 6, 65, dtype=torch.float16, device=inputs["x"].device)[..., 1:].copy_(inputs["x"])
+        check_accuracy(inputs | {"x": odd}, backend)
+        assert {found["CH"] for found in seen} == {1}, "a word of two channels is not aligned"
