@@ -510,23 +510,13 @@ def _token_back(dh, dA, dBc, A, B, C, h, dt, u, ds, NH: tl.constexpr, CONST_B: t
 
 
 @triton.jit
-def _emit(
-    p, u, v, e, place, live, lane, half, NH: tl.constexpr, W: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr
-):
-    # The sums over the program's channels of u (first token) and v (second): to global memory, or, where several warps
-    # must still be added up, to shared memory.
-    if ASM:
-        s = _lane_sums(_pad(u, NH, 8), _pad(v, NH, 8), e, lane, EXACT)
-        if W == 1:
-            tl.store(p + place, s, mask=live)
-        else:
-            put1(p + place, s)
-    else:
-        for i in tl.static_range(NH):
-            tl.store(p + i, tl.sum(tl.where(half == 0, u[i], 0.0), axis=0), mask=live)
-            tl.store(p + 8 + i, tl.sum(tl.where(half == 1, u[i], 0.0), axis=0), mask=live)
-            tl.store(p + 16 + i, tl.sum(tl.where(half == 0, v[i], 0.0), axis=0), mask=live)
-            tl.store(p + 24 + i, tl.sum(tl.where(half == 1, v[i], 0.0), axis=0), mask=live)
+def _store_sums(p, u, v, live, half, NH: tl.constexpr):
+    # not ASM: the sums over the program's channels of u (first token) and v (second) to their row in global memory
+    for i in tl.static_range(NH):
+        tl.store(p + i, tl.sum(tl.where(half == 0, u[i], 0.0), axis=0), mask=live)
+        tl.store(p + 8 + i, tl.sum(tl.where(half == 1, u[i], 0.0), axis=0), mask=live)
+        tl.store(p + 16 + i, tl.sum(tl.where(half == 0, v[i], 0.0), axis=0), mask=live)
+        tl.store(p + 24 + i, tl.sum(tl.where(half == 1, v[i], 0.0), axis=0), mask=live)
 
 
 @triton.jit(do_not_specialize=["l", "frames", "seqs", "splits", "sm_b"])
@@ -607,7 +597,6 @@ def _scan_bwd_kernel(
         put_B = own_shared + 192 * CH * T + (lane % 32) * 8
         get_B = own_shared + 192 * CH * T + half * 32
         sums = shared + (192 * CH + 128) * T * W
-        place *= 4 if W > 1 else 1
         scr = scratch_ptr + pid.to(tl.int64) * (NB1 * CH * 4 * Q * 32 * W) + lane * 4
     else:
         e = ()
@@ -751,6 +740,8 @@ def _scan_bwd_kernel(
                     warp_sync(lane)
                 # (2) forward
                 states = ()
+                sums_B = ()
+                sums_C = ()
                 for p in tl.static_range(HT):
                     k = kb + 2 * p
                     live = k + half < end
@@ -795,15 +786,18 @@ def _scan_bwd_kernel(
                     if CONST_C:
                         dCc = _add_each(_add_each(dCc, h0, ds0, NH, CH), h, ds1, NH, CH)
                     else:
-                        if W == 1 or not ASM:
-                            to = dBC_ptr + ((pair0 + k // 2) * nblk + blk) * 64 + 32
+                        pC0 = _products(h0, ds0, NH, CH)
+                        pC1 = _products(h, ds1, NH, CH)
+                        if ASM:
+                            sums_C = sums_C + (_lane_sums(_pad(pC0, NH, 8), _pad(pC1, NH, 8), e, lane, EXACT),)
                         else:
-                            to = sums + ((turn * HT + p) * 2 + 1) * 128 * W + warp * 128
-                        _emit(
-                            to, _products(h0, ds0, NH, CH), _products(h, ds1, NH, CH), e, place, k < end, lane, half,
-                            NH, W, EXACT, ASM,
-                        )  # fmt: skip
-                # (3) backward; the inputs of the T tokens before come under way
+                            _store_sums(
+                                dBC_ptr + ((pair0 + k // 2) * nblk + blk) * 64 + 32, pC0, pC1, k < end, half, NH
+                            )
+                # (3) backward; the inputs of the T tokens before come under way.  The sync keeps the compiler from holding
+                # in registers what (2) read of shared memory.
+                if ASM:
+                    warp_sync(lane)
                 before_s = tl.maximum(s - 1, 0)
                 k = k0 + before_s * T
                 q = _state_inputs(
@@ -884,11 +878,26 @@ def _scan_bwd_kernel(
                         to = own_at(ddt_ptr + row, offs_d, kb, 2 * p, walk, frames, half, SY, REVERSE, TIME)
                         store_values(to, ddt, ok, CH, ASM)
                     if not CONST_B:
-                        if W == 1 or not ASM:
-                            to = dBC_ptr + ((pair0 + k // 2) * nblk + blk) * 64
+                        if ASM:
+                            sums_B = (_lane_sums(_pad(pB0, NH, 8), _pad(pB1, NH, 8), e, lane, EXACT),) + sums_B
                         else:
-                            to = sums + (turn * HT + p) * 2 * 128 * W + warp * 128
-                        _emit(to, pB0, pB1, e, place, k < end, lane, half, NH, W, EXACT, ASM)
+                            _store_sums(dBC_ptr + ((pair0 + k // 2) * nblk + blk) * 64, pB0, pB1, k < end, half, NH)
+                # The sums leave last: nothing waits for the way to them.
+                if ASM:
+                    for p in tl.static_range(HT):
+                        live = kb + 2 * p < end
+                        to = dBC_ptr + ((pair0 + kb // 2 + p) * nblk + blk) * 64 + place
+                        to_shared = sums + (turn * HT + p) * 2 * 128 * W + warp * 128 + place * 4
+                        if not CONST_B:
+                            if W == 1:
+                                tl.store(to, sums_B[p], mask=live)
+                            else:
+                                put1(to_shared, sums_B[p])
+                        if not CONST_C:
+                            if W == 1:
+                                tl.store(to + 32, sums_C[p], mask=live)
+                            else:
+                                put1(to_shared + 128 * W, sums_C[p])
                 if ASM:
                     if W > 1:
                         program_sync(lane)
