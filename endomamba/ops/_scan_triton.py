@@ -356,7 +356,7 @@ def _backward_launch(
         SDZ=0 if call.z is None else dz.stride(1), **args, HAS_Z=call.z is not None, OUT=y is not None and not park,
         HAS_D=has_D, HAS_DHL=dfinal is not None, HAS_DH0=has_dstate, ADD=add, PARK=park, ADD_G=add_g, PARK_G=park_g,
         EXACT=x.dtype == f32, LS=piece, SHARE=share, T=T, CH=CH, W=W,
-        SHARED=shared_asm(T * W * (192 * CH + 128 + (256 if W > 1 else 0))), num_warps=W, **options,
+        SHARED=shared_asm(T * W * (192 * CH + 128 + (256 if W > 1 else 0) + 512 * CH * quads)), num_warps=W, **options,
     )  # fmt: skip
     TP, block = 8, 128  # pairs of tokens, parameters a program
     tiles = 0 if const_B and const_C else triton.cdiv(triton.cdiv(longest, 2), TP)

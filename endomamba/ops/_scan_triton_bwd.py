@@ -11,6 +11,7 @@ from ._triton_scan import (
     advance,
     decays,
     dot,
+    get_row,
     load4,
     load_each,
     load_fp32,
@@ -282,18 +283,18 @@ def _rewalk(
             get_B, Bc, B_p, sB_n, kb + 2 * p, end, walk, frames, half, real, lane, 2 * p,
             SB, NH, NS, CONST_B, MASK, REVERSE, TIME, CH, ASM,
         )  # fmt: skip
-        h = _advance(h, A, dt0, b0, u0, NH, CH, ASM)
-        h = _advance(h, A, dt1, b1, u1, NH, CH, ASM)
+        h = _step(h, _decays(A, dt0, NH, CH, ASM), b0, u0, NH, CH)
+        h = _step(h, _decays(A, dt1, NH, CH, ASM), b1, u1, NH, CH)
     if ASM:
         warp_sync(lane)
     return h, q, rB
 
 
 @triton.jit
-def _advance(h, A, dt, B, u, NH: tl.constexpr, CH: tl.constexpr, ASM: tl.constexpr):
+def _step(h, a, B, u, NH: tl.constexpr, CH: tl.constexpr):
     out = ()
     for c in tl.static_range(CH):
-        out = out + (advance(h[c], decays(A[c], dt[c], NH, ASM), B[c], u[c], NH),)
+        out = out + (advance(h[c], a[c], B[c], u[c], NH),)
     return out
 
 
@@ -450,6 +451,36 @@ def _store_states(
 
 
 @triton.jit
+def _keep(area, J: tl.constexpr, a, NH: tl.constexpr, CH: tl.constexpr, ASM: tl.constexpr):
+    # the decays of token J, for `_kept`
+    Q: tl.constexpr = (NH + 3) // 4
+    if ASM:
+        for c in tl.static_range(CH):
+            v = _pad(a[c], NH, 4 * Q)
+            for i in tl.static_range(Q):
+                put4(area + ((J * CH + c) * Q + i) * 512, v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3])
+
+
+@triton.jit
+def _kept(area, J: tl.constexpr, A, dt, NH: tl.constexpr, CH: tl.constexpr, ASM: tl.constexpr):
+    if ASM:
+        out = ()
+        for c in tl.static_range(CH):
+            out = out + (get_row(area + (J * CH + c) * ((NH + 3) // 4) * 512, 512, NH),)
+        return out
+    else:
+        return _decays(A, dt, NH, CH, ASM)
+
+
+@triton.jit
+def _decays(A, dt, NH: tl.constexpr, CH: tl.constexpr, ASM: tl.constexpr):
+    out = ()
+    for c in tl.static_range(CH):
+        out = out + (decays(A[c], dt[c], NH, ASM),)
+    return out
+
+
+@triton.jit
 def _load_const(p, mask, s_d, s_n, NH: tl.constexpr, NS: tl.constexpr, half, CONST: tl.constexpr, CH: tl.constexpr):
     out = ()
     if CONST:
@@ -467,8 +498,8 @@ def _load_parameter(p, mask, like, HAS: tl.constexpr, CH: tl.constexpr):
 
 
 @triton.jit
-def _token_back(dh, dA, dBc, A, B, C, h, dt, u, ds, NH: tl.constexpr, CONST_B: tl.constexpr, CH: tl.constexpr,
-    ASM: tl.constexpr,
+def _token_back(
+    dh, dA, dBc, A, a, B, C, h, dt, u, ds, NH: tl.constexpr, CONST_B: tl.constexpr, CH: tl.constexpr
 ):  # fmt: skip
     # One token of the adjoint walk; h: the states before the token.  -> dh before it, dA, dBc, products for dB summed
     # over the lane's channels, and of each channel the lane's sums <dh, B> and <dh decay h, A>.
@@ -479,7 +510,6 @@ def _token_back(dh, dA, dBc, A, B, C, h, dt, u, ds, NH: tl.constexpr, CONST_B: t
     all_gB = ()
     all_gA = ()
     for c in tl.static_range(CH):
-        a = decays(A[c], dt[c], NH, ASM)
         nB = ()
         nd = ()
         nA = ()
@@ -495,7 +525,7 @@ def _token_back(dh, dA, dBc, A, B, C, h, dt, u, ds, NH: tl.constexpr, CONST_B: t
                 pC = pC + (g * u[c],)
             else:
                 pC = pC + (tl.fma(g, u[c], pB[i]),)
-            g *= a[i]
+            g *= a[c][i]
             nd = nd + (g,)
             g *= h[c][i]
             nA = nA + (dA[c][i] + g * dt[c],)
@@ -597,6 +627,7 @@ def _scan_bwd_kernel(
         put_B = own_shared + 192 * CH * T + (lane % 32) * 8
         get_B = own_shared + 192 * CH * T + half * 32
         sums = shared + (192 * CH + 128) * T * W
+        kept = sums + (256 * T * W if W > 1 else 0) + warp * (T * CH * Q * 512) + (lane % 32) * 16
         scr = scratch_ptr + pid.to(tl.int64) * (NB1 * CH * 4 * Q * 32 * W) + lane * 4
     else:
         e = ()
@@ -606,6 +637,7 @@ def _scan_bwd_kernel(
         put_B = lane
         get_B = lane
         sums = lane
+        kept = lane
         scr = scratch_ptr + pid.to(tl.int64) * (NB1 * CH * 4 * Q * 32 * W) + lane
     put_C = put_B + 64 * T
     get_C = get_B + 64 * T
@@ -756,9 +788,13 @@ def _scan_bwd_kernel(
                         get_C, Cc, C_p, sC_n, k, end, walk, frames, half, real, lane, 2 * p,
                         SC, NH, NS, CONST_C, False, REVERSE, TIME, CH, ASM,
                     )  # fmt: skip
-                    h0 = _advance(h, A, dt0, b0, u0, NH, CH, ASM)
+                    a0 = _decays(A, dt0, NH, CH, ASM)
+                    a1 = _decays(A, dt1, NH, CH, ASM)
+                    _keep(kept, 2 * p, a0, NH, CH, ASM)
+                    _keep(kept, 2 * p + 1, a1, NH, CH, ASM)
+                    h0 = _step(h, a0, b0, u0, NH, CH)
                     states = states + ((h, h0),)
-                    h = _advance(h0, A, dt1, b1, u1, NH, CH, ASM)
+                    h = _step(h0, a1, b1, u1, NH, CH)
                     if HAS_Z or PARK:
                         y = ()
                         dz = ()
@@ -834,11 +870,13 @@ def _scan_bwd_kernel(
                         SC, NH, NS, CONST_C, False, REVERSE, TIME, CH, ASM,
                     )  # fmt: skip
                     ha, hb = states[p]
+                    a1 = _kept(kept, 2 * p + 1, A, dt1, NH, CH, ASM)
                     dh, dA, dBc, pB1, gB1, gA1 = _token_back(
-                        dh, dA, dBc, A, b1, c1, hb, dt1, u1, ds1, NH, CONST_B, CH, ASM
+                        dh, dA, dBc, A, a1, b1, c1, hb, dt1, u1, ds1, NH, CONST_B, CH
                     )
+                    a0 = _kept(kept, 2 * p, A, dt0, NH, CH, ASM)
                     dh, dA, dBc, pB0, gB0, gA0 = _token_back(
-                        dh, dA, dBc, A, b0, c0, ha, dt0, u0, ds0, NH, CONST_B, CH, ASM
+                        dh, dA, dBc, A, a0, b0, c0, ha, dt0, u0, ds0, NH, CONST_B, CH
                     )
                     gB = ()
                     gA = ()

@@ -329,10 +329,11 @@ def put_rows(area, rows, T: tl.constexpr, TYPE: tl.constexpr, CONST: tl.constexp
 
 
 @triton.jit
-def get_row(area, NH: tl.constexpr):
+def get_row(area, STRIDE: tl.constexpr, NH: tl.constexpr):
+    # NH values of shared memory, four at a time
     out = ()
     for i in tl.static_range((NH + 3) // 4):
-        four = get4(area + 16 * i)
+        four = get4(area + STRIDE * i)
         for j in tl.static_range(4):
             if 4 * i + j < NH:
                 out = out + (four[j],)
@@ -350,7 +351,7 @@ def pair_rows(
     if CONST:
         return const, const
     elif ASM:
-        return get_row(area + 64 * J, NH), get_row(area + 64 * (J + 1), NH)
+        return get_row(area + 64 * J, 16, NH), get_row(area + 64 * (J + 1), 16, NH)
     else:
         k0 = tl.minimum(k, end - 1)
         k1 = tl.minimum(k + 1, end - 1)
