@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from ._scan import CHUNK, Direction, chunk_states_shape, empty
-from ._scan_triton_bwd import _scan_adjoint_kernel, _scan_bwd_kernel
+from ._scan_triton_bwd import CUT, _scan_adjoint_kernel, _scan_bwd_kernel
 from ._scan_triton_fwd import _scan_carry_kernel, _scan_fwd_kernel
 from ._scan_triton_sums import _combine_kernel, _scan_sums_kernel
 from ._scan_triton_table import APART, BWD, BWD_TWO, FWD, SPLIT
@@ -317,6 +317,7 @@ def _backward_launch(
     blocks = groups * triton.cdiv(call.d // groups, LANE_CHANNELS * CH * W)
     splits = triton.cdiv(call.l, piece) if piece else 1
     has_D, has_bias, has_dstate = side.D is not None, side.dt_bias is not None, dstate is not None
+    exact = x.dtype == f32
     if piece:
         edge, dfinal = dfinal, None
         dfinal, total = _edges(call, splits)
@@ -354,8 +355,8 @@ def _backward_launch(
         call.cu_seqlens, call.mask, dx, ddt, dz, y, rows, pA, pB, pC, pD, pbias, dstate, scratch, carry, ready, scale,
         call.l, call.d, call.seqs, splits, call.frames, sdy_b=dy.stride(0), SDY=dy.stride(1),
         SDZ=0 if call.z is None else dz.stride(1), **args, HAS_Z=call.z is not None, OUT=y is not None and not park,
-        HAS_D=has_D, HAS_DHL=dfinal is not None, HAS_DH0=has_dstate, ADD=add, PARK=park, ADD_G=add_g, PARK_G=park_g,
-        EXACT=x.dtype == f32, LS=piece, SHARE=share, T=T, CH=CH, W=W,
+        HAS_D=has_D, HAS_H0=side.initial_state is not None, HAS_DHL=dfinal is not None, HAS_DH0=has_dstate, ADD=add,
+        PARK=park, ADD_G=add_g, PARK_G=park_g, EXACT=exact, LS=piece, SHARE=share, T=T, CH=CH, W=W,
         SHARED=shared_asm(T * W * (192 * CH + 128 + (256 if W > 1 else 0) + 512 * CH * quads)), num_warps=W, **options,
     )  # fmt: skip
     TP, block = 8, 128  # pairs of tokens, parameters a program
@@ -365,7 +366,8 @@ def _backward_launch(
         rows, dB, dC, call.cu_seqlens, pA, pB, pC, pD, pbias, dA, dD, ddt_bias, call.l, max(tiles, 1), blocks,
         call.frames, programs, call.d, first_pid, GROUPS=groups, N=call.n, FIRST=first, NS=states, CONST_B=const_B,
         CONST_C=const_C, HAS_D=has_D and not park_g, HAS_BIAS=has_bias and not park_g,
-        PACKED=call.cu_seqlens is not None, REVERSE=side.reverse, TIME=call.frames > 0, TP=TP, BLOCK=block, num_warps=4,
+        PACKED=call.cu_seqlens is not None, REVERSE=side.reverse, TIME=call.frames > 0,
+        UP=1.0 if exact or not ASM else CUT, TP=TP, BLOCK=block, num_warps=4,
     )  # fmt: skip
 
 

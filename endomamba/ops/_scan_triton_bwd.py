@@ -74,8 +74,8 @@ def _sum_asm(exact: bool) -> str:
 _SUM = tl.constexpr(_sum_asm(False))
 _SUM_EXACT = tl.constexpr(_sum_asm(True))
 _SUM_OPERANDS = tl.constexpr("=f," + ",".join(["f"] * 16 + ["r"] * 9))
-# Cutting a mantissa to 11 bits takes 2^-11 * 0.72 off a value on average: given back, the error has no bias.
-_CUT = tl.constexpr(1.0 + 3.52e-4)
+# Cutting a mantissa to 11 bits takes 2^-11 * 0.72 off a value on average: given back to the sums, they have no bias.
+CUT = 1.0 + 3.52e-4
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def _lane_sums(u, v, e, lane, EXACT: tl.constexpr):
             dtype=tl.float32, is_pure=True, pack=1,
         )  # fmt: skip
     else:
-        return _CUT * tl.inline_asm_elementwise(
+        return tl.inline_asm_elementwise(
             _SUM, _SUM_OPERANDS,
             [u[0], u[1], u[2], u[3], u[4], u[5], u[6], u[7], v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7],
              e[0], e[1], e[2], e[3], e[4], e[5], e[6], e[7], lane],
@@ -558,8 +558,8 @@ def _scan_bwd_kernel(
     SDY: tl.constexpr, SX: tl.constexpr, SDT: tl.constexpr, SZ: tl.constexpr, SB: tl.constexpr, SC: tl.constexpr,
     SY: tl.constexpr, SDZ: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr, NS: tl.constexpr,
     CONST_B: tl.constexpr, CONST_C: tl.constexpr, HAS_Z: tl.constexpr, OUT: tl.constexpr, HAS_D: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_DHL: tl.constexpr, HAS_DH0: tl.constexpr, ADD: tl.constexpr, PARK: tl.constexpr,
-    ADD_G: tl.constexpr, PARK_G: tl.constexpr, PACKED: tl.constexpr, MASK: tl.constexpr, REVERSE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_H0: tl.constexpr, HAS_DHL: tl.constexpr, HAS_DH0: tl.constexpr, ADD: tl.constexpr,
+    PARK: tl.constexpr, ADD_G: tl.constexpr, PARK_G: tl.constexpr, PACKED: tl.constexpr, MASK: tl.constexpr, REVERSE: tl.constexpr,
     TIME: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, LS: tl.constexpr, SHARE: tl.constexpr,
     EVEN: tl.constexpr, T: tl.constexpr, CH: tl.constexpr, W: tl.constexpr, SHARED: tl.constexpr, ASM: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -712,7 +712,7 @@ def _scan_bwd_kernel(
             k0 = begin + (chunks - 1 - later) * CHUNK
             blocks = tl.cdiv(tl.minimum(CHUNK, end - k0), T)
             at = cs_ptr + ((chunk0 + k0 // CHUNK) * d + offs_d) * N + state
-            h = _load_states(at, mask_d, NH, NS, half, N, CH, ASM)
+            h = _load_states(at, mask_d & (HAS_H0 | (k0 > 0)), NH, NS, half, N, CH, ASM)
             # (1) states every T tokens, two blocks a turn, the inputs of the next two under way.  The last block is
             # not walked: where it is the second of a turn, nothing of it is `live`, and its inputs come again.
             q = _state_inputs(
@@ -754,9 +754,11 @@ def _scan_bwd_kernel(
                 z_p, dy_p, s_p, offs_d, kb, end, walk, frames, half, mask_d, T, SZ, SDY, SY, HAS_Z, ADD,
                 REVERSE, TIME, EVEN, CH, ASM,
             )  # fmt: skip
+            _save(scr, blocks - 1, h, half, NH, CH, W, ASM)
             for ss in range(0, blocks):
                 s = blocks - 1 - ss
                 kb = k0 + s * T
+                h = _restore(scr, s, half, NH, CH, W, ASM)
                 # what a token has one of
                 own = ()
                 for p in tl.static_range(HT):
@@ -830,12 +832,11 @@ def _scan_bwd_kernel(
                             _store_sums(
                                 dBC_ptr + ((pair0 + k // 2) * nblk + blk) * 64 + 32, pC0, pC1, k < end, half, NH
                             )
-                # (3) backward; the inputs of the T tokens before come under way.  The sync keeps the compiler from holding
-                # in registers what (2) read of shared memory.
+                # (3) backward; the inputs of the T tokens before come under way.  The sync keeps the compiler from
+                # holding in registers what (2) read of shared memory.
                 if ASM:
                     warp_sync(lane)
-                before_s = tl.maximum(s - 1, 0)
-                k = k0 + before_s * T
+                k = k0 + tl.maximum(s - 1, 0) * T
                 q = _state_inputs(
                     x_p, dt_p, m_p, offs_d, k, end, walk, frames, half, mask_d, T,
                     SX, SDT, MASK, REVERSE, TIME, EVEN, CH, ASM,
@@ -851,8 +852,6 @@ def _scan_bwd_kernel(
                     C_p, m_p, sC_n, k, end, walk, frames, lane, T, SC, NH, NS, CONST_C, False, REVERSE, TIME, ASM
                 )
                 for p in tl.static_range(HT - 1, -1, -1):
-                    if p == 0:
-                        h = _restore(scr, before_s, half, NH, CH, W, ASM)
                     k = kb + 2 * p
                     live = k + half < end
                     ok = live if EVEN else live & mask_d

@@ -40,11 +40,11 @@ def _combine_kernel(
 def _sum_rows(
     pid, in_ptr, dB_ptr, dC_ptr, cu_ptr, l, tiles, nblk, frames,
     GROUPS: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr, NS: tl.constexpr, CONST_B: tl.constexpr,
-    CONST_C: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, TIME: tl.constexpr, TP: tl.constexpr,
-    U: tl.constexpr,
+    CONST_C: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, TIME: tl.constexpr, UP: tl.constexpr,
+    TP: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
     # TP pairs of tokens of one sequence: the rows that the programs of a group's channel blocks left, (pairs, blocks,
-    # dB | dC, token of the pair, half, 8), block by block.
+    # dB | dC, token of the pair, half, 8), block by block, times UP.
     NH: tl.constexpr = (NS + 1) // 2
     group = pid % GROUPS
     seq = (pid // GROUPS // tiles).to(tl.int64)
@@ -75,6 +75,7 @@ def _sum_rows(
             for u in tl.static_range(U):
                 part += rows[u]
         total += part
+    total *= UP
     token = offset(k, count, frames, 1, REVERSE, TIME)
     to = ((row0 + token) * GROUPS + group) * N + FIRST + state[None, :]
     if not CONST_B:
@@ -135,7 +136,7 @@ def _scan_sums_kernel(
     l, tiles, nblk, frames, parts, d, first_pid,
     GROUPS: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr, NS: tl.constexpr, CONST_B: tl.constexpr,
     CONST_C: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
-    TIME: tl.constexpr, TP: tl.constexpr, BLOCK: tl.constexpr,
+    TIME: tl.constexpr, UP: tl.constexpr, TP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # Grid (cdiv(d * NS, BLOCK) + sequences * tiles * g,): what the programs of the backward scan left, added in a fixed
     #   order: of the parameters, one part a program, and of dB and dC, one row a pair of tokens and channel block.
@@ -150,5 +151,5 @@ def _scan_sums_kernel(
         if not (CONST_B and CONST_C):
             _sum_rows(
                 pid - first_pid, rows_ptr, dB_ptr, dC_ptr, cu_ptr, l, tiles, nblk, frames,
-                GROUPS, N, FIRST, NS, CONST_B, CONST_C, PACKED, REVERSE, TIME, TP, 4,
+                GROUPS, N, FIRST, NS, CONST_B, CONST_C, PACKED, REVERSE, TIME, UP, TP, 4,
             )  # fmt: skip
