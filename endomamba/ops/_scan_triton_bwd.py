@@ -490,10 +490,10 @@ def _load_const(p, mask, s_d, s_n, NH: tl.constexpr, NS: tl.constexpr, half, CON
 
 
 @triton.jit
-def _load_parameter(p, mask, like, HAS: tl.constexpr, CH: tl.constexpr):
+def _load_parameter(p, offs, mask, absent, HAS: tl.constexpr, CH: tl.constexpr):
     out = ()
     for c in tl.static_range(CH):
-        out = out + (tl.load(p + c, mask=mask, other=0.0) if HAS else like,)
+        out = out + (tl.load(p + offs + c, mask=mask, other=0.0) if HAS else absent,)
     return out
 
 
@@ -559,10 +559,10 @@ def _scan_bwd_kernel(
     SY: tl.constexpr, SDZ: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr, NS: tl.constexpr,
     CONST_B: tl.constexpr, CONST_C: tl.constexpr, HAS_Z: tl.constexpr, OUT: tl.constexpr, HAS_D: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_H0: tl.constexpr, HAS_DHL: tl.constexpr, HAS_DH0: tl.constexpr, ADD: tl.constexpr,
-    PARK: tl.constexpr, ADD_G: tl.constexpr, PARK_G: tl.constexpr, PACKED: tl.constexpr, MASK: tl.constexpr, REVERSE: tl.constexpr,
-    TIME: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, LS: tl.constexpr, SHARE: tl.constexpr,
-    EVEN: tl.constexpr, T: tl.constexpr, CH: tl.constexpr, W: tl.constexpr, SHARED: tl.constexpr, ASM: tl.constexpr,
-    CHUNK: tl.constexpr,
+    PARK: tl.constexpr, ADD_G: tl.constexpr, PARK_G: tl.constexpr, PACKED: tl.constexpr, MASK: tl.constexpr,
+    REVERSE: tl.constexpr, TIME: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, LS: tl.constexpr,
+    SHARE: tl.constexpr, EVEN: tl.constexpr, T: tl.constexpr, CH: tl.constexpr, W: tl.constexpr, SHARED: tl.constexpr,
+    ASM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     # Grid (P * g * cdiv(d / g, 16 CH W),): a program owns 16 CH W channels and every P-th sequence (LS > 0: piece of LS
     #   tokens), so dA, dD, ddt_bias stay in registers over all of them; lanes as in _triton_scan.
@@ -610,8 +610,8 @@ def _scan_bwd_kernel(
     for c in tl.static_range(CH):
         at = A_ptr + (offs_d + c) * N + state
         A = A + (scaled(load_states(at, mask_d, NH, NS, half, N, ASM), LOG2E, NH),)
-    D = _load_parameter(D_ptr + offs_d, mask_d, none, HAS_D, CH)
-    bias = _load_parameter(bias_ptr + offs_d, mask_d, none, HAS_BIAS, CH)
+    D = _load_parameter(D_ptr, offs_d, mask_d, none, HAS_D, CH)
+    bias = _load_parameter(bias_ptr, offs_d, mask_d, none, HAS_BIAS, CH)
     Bc = _load_const(B_ptr + offs_d * SB + state * sB_n, mask_d, SB, sB_n, NH, NS, half, CONST_B, CH)
     Cc = _load_const(C_ptr + offs_d * SC + state * sC_n, mask_d, SC, sC_n, NH, NS, half, CONST_C, CH)
     # where lane's sum lies in a row of 32: (token of the pair, half, 8 states)
@@ -754,11 +754,9 @@ def _scan_bwd_kernel(
                 z_p, dy_p, s_p, offs_d, kb, end, walk, frames, half, mask_d, T, SZ, SDY, SY, HAS_Z, ADD,
                 REVERSE, TIME, EVEN, CH, ASM,
             )  # fmt: skip
-            _save(scr, blocks - 1, h, half, NH, CH, W, ASM)
             for ss in range(0, blocks):
                 s = blocks - 1 - ss
                 kb = k0 + s * T
-                h = _restore(scr, s, half, NH, CH, W, ASM)
                 # what a token has one of
                 own = ()
                 for p in tl.static_range(HT):
@@ -836,7 +834,8 @@ def _scan_bwd_kernel(
                 # holding in registers what (2) read of shared memory.
                 if ASM:
                     warp_sync(lane)
-                k = k0 + tl.maximum(s - 1, 0) * T
+                before_s = tl.maximum(s - 1, 0)
+                k = k0 + before_s * T
                 q = _state_inputs(
                     x_p, dt_p, m_p, offs_d, k, end, walk, frames, half, mask_d, T,
                     SX, SDT, MASK, REVERSE, TIME, EVEN, CH, ASM,
@@ -852,6 +851,8 @@ def _scan_bwd_kernel(
                     C_p, m_p, sC_n, k, end, walk, frames, lane, T, SC, NH, NS, CONST_C, False, REVERSE, TIME, ASM
                 )
                 for p in tl.static_range(HT - 1, -1, -1):
+                    if p == 0:
+                        h = _restore(scr, before_s, half, NH, CH, W, ASM)
                     k = kb + 2 * p
                     live = k + half < end
                     ok = live if EVEN else live & mask_d
