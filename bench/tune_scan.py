@@ -29,10 +29,11 @@ CHOICES = {
     "FWD": [dict(W=W, T=T) for W in (1, 2, 4) for T in (4, 8)],
     # maxnreg is what a quarter of a multiprocessor's 65,536 registers leaves for a quarter of its per_sm * W warps.
     "BWD": [
-        dict(T=4, W=W, per_sm=warps // W, maxnreg=registers)
+        dict(T=4, CH=1, W=W, per_sm=warps // W, maxnreg=registers)
         for W in (1, 2, 4)
         for warps, registers in ((8, 255), (12, 168), (16, 128))
     ],
+    "BWD_TWO": [dict(T=4, CH=2, W=W, per_sm=8 // W, maxnreg=255) for W in (1, 2, 4)],
 }
 FLAGS = dict(scale=1.0, dt_softplus=True, frames=0, max_seqlen=0, plan="auto")
 
@@ -65,15 +66,19 @@ def calls(b: int, l: int) -> dict:
 
     def with_choice(table: str, choice: dict, call):
         if table == "FWD":
-            choice = choice | {"T_few": choice["T"], "few": 0}
+            tables = {"FWD": choice | {"T_few": choice["T"], "few": 0}}
+        elif table == "BWD":
+            tables = {"BWD": choice, "BWD_TWO": _scan_triton_table.BWD_TWO | {"least": 1 << 30}}
+        else:
+            tables = {"BWD_TWO": choice | {"least": 0}}
 
         def run():
-            kept = getattr(_scan_triton, table)
-            setattr(_scan_triton, table, choice)
+            kept = {name: getattr(_scan_triton, name) for name in tables}
+            vars(_scan_triton).update(tables)
             try:
                 call()
             finally:
-                setattr(_scan_triton, table, kept)
+                vars(_scan_triton).update(kept)
 
         return run
 
@@ -93,15 +98,21 @@ def best(times: dict[str, dict[str, float]], shapes: Iterable[str]) -> str:
 
 
 def pick(times: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict]:
-    """table -> choice, from the times of each; forward, one T for many sequences and one for few."""
+    """table -> choice, from the times of each; forward, one T for many sequences and one for few; backward, one for two
+    channels a lane, from the shapes that have them, and one for the rest, from all."""
     by_name = {table: {name(c): c for c in CHOICES[table]} for table in CHOICES}
     few = _scan_triton_table.FWD["few"]
     shapes = {f"{b}x{l}": b * D // 16 > few * PROCESSORS for b, l in SHAPES}
     many = by_name["FWD"][best(times["FWD"], (s for s in shapes if shapes[s]))]
     rest = {key: t for key, t in times["FWD"].items() if by_name["FWD"][key]["W"] == many["W"]}
     of_few = by_name["FWD"][best(rest, (s for s in shapes if not shapes[s]))]
-    backward = by_name["BWD"][best(times["BWD"], shapes)]
-    return {"FWD": many | {"T_few": of_few["T"], "few": few}, "BWD": backward}
+    least = _scan_triton_table.BWD_TWO["least"]
+    enough = (f"{b}x{l}" for b, l in SHAPES if b * D // 32 >= least * PROCESSORS)
+    return {
+        "FWD": many | {"T_few": of_few["T"], "few": few},
+        "BWD": by_name["BWD"][best(times["BWD"], shapes)],
+        "BWD_TWO": by_name["BWD_TWO"][best(times["BWD_TWO"], enough)] | {"least": least},
+    }
 
 
 def write_table(picked: dict[str, dict], gpu: str) -> None:

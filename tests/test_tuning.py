@@ -17,7 +17,7 @@ from endomamba.ops import _scan_triton_table as table
 
 def times(forward, backward) -> dict:
     """Made-up times: forward(choice, b), backward(choice, b) -> us."""
-    calls = {"FWD": forward, "BWD": backward}
+    calls = {"FWD": forward, "BWD": backward, "BWD_TWO": backward}
     return {
         kind: {
             tune_scan.name(choice): {f"{b}x{l}": call(choice, b) for b, l in tune_scan.SHAPES}
@@ -35,7 +35,16 @@ def test_picks_the_fastest_for_many_and_for_few_sequences():
             lambda c, b: 1 if c == best else 2 + c["W"],
         )
     )
-    assert picked == {"FWD": {"W": 1, "T": 4, "T_few": 8, "few": table.FWD["few"]}, "BWD": best}
+    two = tune_scan.CHOICES["BWD_TWO"][0] | {"least": table.BWD_TWO["least"]}
+    assert picked == {"FWD": {"W": 1, "T": 4, "T_few": 8, "few": table.FWD["few"]}, "BWD": best, "BWD_TWO": two}
+
+
+def test_one_long_sequence_has_no_say_on_two_channels():
+    fast = tune_scan.CHOICES["BWD_TWO"][1]
+    picked = tune_scan.pick(
+        times(lambda c, b: 1.0, lambda c, b: (1.0 if c == fast else 2.0) if b > 1 else 100 - c["W"])
+    )
+    assert picked["BWD_TWO"] == fast | {"least": table.BWD_TWO["least"]}
 
 
 def test_a_shape_that_is_slow_in_itself_does_not_decide():
@@ -54,7 +63,8 @@ def test_writes_a_table_that_python_reads(tmp_path, monkeypatch):
     copy = tmp_path / "table.py"
     shutil.copy(table.__file__, copy)
     monkeypatch.setattr(tune_scan, "_scan_triton_table", SimpleNamespace(__file__=str(copy)))
-    picked = {"FWD": {"W": 2, "T": 8, "T_few": 8, "few": 1}, "BWD": tune_scan.CHOICES["BWD"][0]}
+    two = tune_scan.CHOICES["BWD_TWO"][0] | {"least": 3}
+    picked = {"FWD": {"W": 2, "T": 8, "T_few": 8, "few": 1}, "BWD": tune_scan.CHOICES["BWD"][0], "BWD_TWO": two}
     tune_scan.write_table(picked, "a GPU")
     written = runpy.run_path(str(copy))
     assert {kind: written[kind] for kind in picked} == picked
@@ -62,10 +72,14 @@ def test_writes_a_table_that_python_reads(tmp_path, monkeypatch):
     assert written["APART"] == table.APART
     before = Path(table.__file__).read_text().splitlines()
     changed = sum(a != b for a, b in zip(before, copy.read_text().splitlines(), strict=True))
-    assert changed == 2
+    assert changed == 3
 
 
-@pytest.mark.parametrize("choice", [table.BWD, *tune_scan.CHOICES["BWD"]], ids=tune_scan.name)
+@pytest.mark.parametrize(
+    "choice",
+    [table.BWD, table.BWD_TWO, *tune_scan.CHOICES["BWD"], *tune_scan.CHOICES["BWD_TWO"]],
+    ids=tune_scan.name,
+)
 def test_the_warps_asked_for_fit_the_registers(choice):
     """Each quarter of a multiprocessor has 16,384 registers for its own warps; else the launch runs in two waves."""
     registers = -(-choice["maxnreg"] // 8) * 8 * 32

@@ -275,14 +275,15 @@ def scan_fwd(
     return y, finals, chunks
 
 
-def _programs(seqs: int, chunks: int, blocks: int, device: torch.device, per_sm: int) -> tuple[int, bool]:
+def _programs(seqs: int, tokens: int, blocks: int, device: torch.device, per_sm: int) -> tuple[int, bool]:
     """Programs of one channel block, at most as many as are resident, and whether they share sequences.
 
-    They do where whole sequences would leave more than a tenth of the time unused.  chunks: of a sequence, 0: unknown.
+    They do where that shortens the longest share of the `tokens` of each sequence (0: their number is not known), which
+    are shared chunk by chunk.
     """
     most = max(1, per_sm * _processors(device) // blocks) if not INTERPRET else 2
     whole = triton.cdiv(seqs, most)
-    if seqs > most and triton.cdiv(seqs * chunks, most) < 0.9 * whole * chunks:
+    if seqs > most and tokens > CHUNK and seqs * tokens / most + CHUNK / 2 < 0.985 * whole * tokens:
         return most, True
     return triton.cdiv(seqs, whole), False
 
@@ -304,7 +305,7 @@ def _backward_table(call: _Call, side: Direction, dy: Tensor, dz: Tensor, piece:
 
 def _backward_launch(
     call: _Call, side: Direction, first: int, states: int, dy: Tensor, grads: tuple[Tensor, ...], dz: Tensor,
-    y: Tensor | None, chunk: Tensor, dfinal: Tensor | None, parked: Tensor | None, add: bool, park: bool,
+    y: Tensor | None, chunk: Tensor, dfinal: Tensor | None, parked: tuple, add: bool, park: bool,
     sums: tuple | None, scale: float, piece: int, max_seqlen: int,
 ) -> None:  # fmt: skip
     x = side.x
@@ -330,8 +331,8 @@ def _backward_launch(
         )  # fmt: skip
         _carry(call, side.A, edge, dfinal, total, dstate, splits, back=True)
         has_dstate = False
-    chunks = 0 if piece or call.cu_seqlens is not None else triton.cdiv(call.l, CHUNK)
-    programs, share = _programs(call.seqs * splits, chunks, blocks, device, table["per_sm"])
+    alike = 0 if piece or call.cu_seqlens is not None else call.l
+    programs, share = _programs(call.seqs * splits, alike, blocks, device, table["per_sm"])
     carry = ready = None
     if share:
         carry = torch.empty(programs, call.d, states, dtype=f32, device=device)
@@ -351,7 +352,7 @@ def _backward_launch(
     gB, gA, add_g, park_g = sums if sums is not None else (None, None, False, False)
     options = {"maxnreg": table["maxnreg"], "num_stages": 1} if ASM else {}
     _scan_bwd_kernel[(programs * blocks,)](
-        dy, x, side.dt, side.A, side.B, side.C, side.D, call.z, side.dt_bias, chunk, dfinal, parked, gB, gA,
+        dy, x, side.dt, side.A, side.B, side.C, side.D, call.z, side.dt_bias, chunk, dfinal, *parked, gB, gA,
         call.cu_seqlens, call.mask, dx, ddt, dz, y, rows, pA, pB, pC, pD, pbias, dstate, scratch, carry, ready, scale,
         call.l, call.d, call.seqs, splits, call.frames, sdy_b=dy.stride(0), SDY=dy.stride(1),
         SDZ=0 if call.z is None else dz.stride(1), **args, HAS_Z=call.z is not None, OUT=y is not None and not park,
@@ -418,9 +419,13 @@ def scan_bwd(
     parts = _parts(n)
     launches = len(sides) * len(parts)
     apart = len(sides) == 2 and _apart(call, plan)
-    parked = None
-    if z is not None and launches > 1:
-        parked = torch.empty(2 if apart else 1, *x.shape, dtype=f32, device=x.device)
+    parked = None, None
+    both = None
+    if z is not None and apart:
+        both = torch.empty(2, *x.shape, dtype=f32, device=x.device)
+    elif z is not None and launches > 1:
+        last_dx, last_ddt = grads[-1][:2]
+        parked = (last_dx, None) if x.dtype == f32 else (last_dx.view(torch.int16), last_ddt.view(torch.int16))
     turn = 0
     with on_device(x):
         for side, dfinal, chunk, grad in zip(sides, dfinal_states, chunk_states, grads, strict=True):
@@ -430,17 +435,16 @@ def scan_bwd(
                 with _beside(call.device) if apart and turn == 0 else contextlib.nullcontext():
                     _backward_launch(
                         call, side, first, states, dy, present, dz, y, chunk, _states(dfinal),
-                        None if parked is None else parked[turn if apart else 0],
-                        parked is not None and not apart and turn > 0,
-                        parked is not None and (apart or turn < launches - 1),
+                        parked if both is None else (both[turn], None), parked[0] is not None and turn > 0,
+                        both is not None or (parked[0] is not None and turn < launches - 1),
                         None if sums is None else (*sums, i > 0, i < len(parts) - 1), scale, _piece(call, plan),
                         max_seqlen,
                     )  # fmt: skip
                 turn += 1
         if apart:
             _join(call.device)
-            if parked is not None:
-                _combine(call, parked, dy, dz, scale, y)
+            if both is not None:
+                _combine(call, both, dy, dz, scale, y)
     return dz, grads
 
 

@@ -22,6 +22,7 @@ from ._triton_scan import (
     own_at,
     own_total,
     pair_rows,
+    prefetch,
     put_rows,
     row_states,
     scaled,
@@ -146,6 +147,65 @@ def _restore(p, slot, half, NH: tl.constexpr, CH: tl.constexpr, W: tl.constexpr,
     return h
 
 
+# s of the directions walked so far, fp32, waits for the others where the last launch writes its dx and ddt: in 16 bits
+# the upper halves in dx, the lower ones in ddt, else (p is fp32) all of it in dx or in memory of its own.
+@triton.jit
+def _park(p, low_p, v, mask, CH: tl.constexpr, ASM: tl.constexpr):
+    if tl.float32 == p.dtype.element_ty:
+        store_values(p, v, mask, CH, ASM)
+    elif CH == 2 and ASM:
+        tl.inline_asm_elementwise(
+            """{.reg .pred p; .reg .b32 h, w; setp.ne.s32 p, $5, 0; prmt.b32 h, $3, $4, 0x7632;
+            prmt.b32 w, $3, $4, 0x5410; @p st.global.b32 [$1], h; @p st.global.b32 [$2], w; mov.u32 $0, 0;}""",
+            "=r,l,l,f,f,r", [p.to(tl.int64), low_p.to(tl.int64), v[0], v[1], mask.to(tl.int32)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        for c in tl.static_range(CH):
+            bits = v[c].to(tl.int32, bitcast=True)
+            tl.store(p + c, (bits >> 16).to(tl.int16), mask=mask)
+            tl.store(low_p + c, bits.to(tl.int16), mask=mask)
+
+
+@triton.jit
+def _load_parked(p, low_p, mask, CH: tl.constexpr, ASM: tl.constexpr):
+    if tl.float32 == p.dtype.element_ty:
+        return load_fp32(p, mask, CH, ASM)
+    elif CH == 2 and ASM:
+        return tl.inline_asm_elementwise(
+            """{.reg .pred p; setp.ne.s32 p, $4, 0; mov.u32 $0, 0; mov.u32 $1, 0; @p ld.global.b32 $0, [$2];
+            @p ld.global.b32 $1, [$3];}""",
+            "=&r,=&r,l,l,r", [p.to(tl.int64), low_p.to(tl.int64), mask.to(tl.int32)],
+            dtype=(tl.int32, tl.int32), is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        words = ()
+        for c in tl.static_range(CH):
+            words = words + (tl.load(p + c, mask=mask, other=0), tl.load(low_p + c, mask=mask, other=0))
+        return words
+
+
+@triton.jit
+def _parked(words, TYPE: tl.constexpr, CH: tl.constexpr, ASM: tl.constexpr):
+    # what `_park` was given, from the last of the words
+    out = ()
+    if tl.float32 == TYPE:
+        for c in tl.static_range(CH):
+            out = out + (words[len(words) - CH + c],)
+    elif CH == 2 and ASM:
+        out = tl.inline_asm_elementwise(
+            "{prmt.b32 $0, $3, $2, 0x5410; prmt.b32 $1, $3, $2, 0x7632;}",
+            "=&r,=&r,r,r", [words[len(words) - 2], words[len(words) - 1]],
+            dtype=(tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        for c in tl.static_range(CH):
+            high = words[len(words) - 2 * CH + 2 * c].to(tl.int32)
+            low = words[len(words) - 2 * CH + 2 * c + 1].to(tl.int32)
+            out = out + (((high << 16) | (low & 0xFFFF)).to(tl.float32, bitcast=True),)
+    return out
+
+
 @triton.jit
 def _state_inputs(
     x_p, dt_p, m_p, offs, k, end, l, frames, half, mask_d, T: tl.constexpr, SX: tl.constexpr, SDT: tl.constexpr,
@@ -169,7 +229,7 @@ def _state_inputs(
 
 @triton.jit
 def _output_inputs(
-    z_p, dy_p, s_p, offs, k, end, l, frames, half, mask_d, T: tl.constexpr, SZ: tl.constexpr, SDY: tl.constexpr,
+    z_p, dy_p, s_p, t_p, offs, k, end, l, frames, half, mask_d, T: tl.constexpr, SZ: tl.constexpr, SDY: tl.constexpr,
     SY: tl.constexpr, HAS_Z: tl.constexpr, ADD: tl.constexpr, REVERSE: tl.constexpr, TIME: tl.constexpr,
     EVEN: tl.constexpr, CH: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -182,7 +242,9 @@ def _output_inputs(
         if HAS_Z:
             words = words + load_words(own_at(z_p, offs, k, j, l, frames, half, SZ, REVERSE, TIME), ok, CH, ASM)
         if ADD:
-            words = words + load_fp32(own_at(s_p, offs, k, j, l, frames, half, SY, REVERSE, TIME), ok, CH, ASM)
+            high = own_at(s_p, offs, k, j, l, frames, half, SY, REVERSE, TIME)
+            low = own_at(t_p, offs, k, j, l, frames, half, SY, REVERSE, TIME)
+            words = words + _load_parked(high, low, ok, CH, ASM)
         out = out + (words,)
     return out
 
@@ -210,15 +272,15 @@ def _own_dt(
 
 @triton.jit
 def _own_ds(
-    r, scale, DY: tl.constexpr, Z: tl.constexpr, HAS_Z: tl.constexpr, ADD: tl.constexpr, CH: tl.constexpr,
-    ASM: tl.constexpr,
+    r, scale, DY: tl.constexpr, Z: tl.constexpr, PARKED: tl.constexpr, HAS_Z: tl.constexpr, ADD: tl.constexpr,
+    CH: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     # of the own token, each of CH channels: ds; what y is multiplied by for dz, and for the gated y; the parked s
     dys = values(r, 0, DY, CH, ASM)
     out_ds = ()
     gate = ()
     act = ()
-    parked = ()
+    parked = _parked(r, PARKED, CH, ASM) if ADD else ()
     for c in tl.static_range(CH):
         ds = dys[c] * scale
         if HAS_Z:
@@ -229,8 +291,6 @@ def _own_ds(
             act = act + (scale * z * sig,)
         else:
             out_ds = out_ds + (ds,)
-        if ADD:
-            parked = parked + (r[len(r) - CH + c],)
     return out_ds, gate, act, parked
 
 
@@ -549,10 +609,20 @@ def _store_sums(p, u, v, live, half, NH: tl.constexpr):
         tl.store(p + 24 + i, tl.sum(tl.where(half == 1, v[i], 0.0), axis=0), mask=live)
 
 
+@triton.jit
+def _share_start(worker, workers, seqs, l, every, CHUNK: tl.constexpr):
+    # The first item of a worker in the list (sequence, its `every` chunks from the last one, which is shorter): the
+    # chunk that starts nearest to where equal numbers of tokens would part.
+    token = (worker + tl.zeros([], tl.int64)) * seqs * l // workers
+    within = token % l
+    chunk = tl.where(within > 0, (within + every * CHUNK - l + CHUNK // 2) // CHUNK, 0)
+    return (token // l * every + chunk).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["l", "frames", "seqs", "splits", "sm_b"])
 def _scan_bwd_kernel(
-    dy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, cs_ptr, dhl_ptr, s_ptr, gB_ptr, gA_ptr, cu_ptr,
-    mask_ptr, dx_ptr, ddt_ptr, dz_ptr, y_ptr, dBC_ptr, dA_ptr, dBc_ptr, dCc_ptr, dD_ptr, dbias_ptr, dh0_ptr,
+    dy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, cs_ptr, dhl_ptr, s_ptr, t_ptr, gB_ptr, gA_ptr,
+    cu_ptr, mask_ptr, dx_ptr, ddt_ptr, dz_ptr, y_ptr, dBC_ptr, dA_ptr, dBc_ptr, dCc_ptr, dD_ptr, dbias_ptr, dh0_ptr,
     scratch_ptr, carry_ptr, ready_ptr, scale, l, d, seqs, splits, frames, sdy_b, sx_b, sdt_b, sz_b, sB_b, sC_b, sB_g,
     sC_g, sB_n, sC_n, sm_b,
     SDY: tl.constexpr, SX: tl.constexpr, SDT: tl.constexpr, SZ: tl.constexpr, SB: tl.constexpr, SC: tl.constexpr,
@@ -574,13 +644,15 @@ def _scan_bwd_kernel(
     #   L2; then, T tokens at a time, (2) forward: the states of every token, in registers, y for dz, h ds for dC,
     #   OUT: the gated y itself;
     #   (3) backward: dh, and with it everything else.
-    # Shared memory, a warp: T rows of B and of C in fp32, and what a token has one of a channel (dt, dt x, ds): worked
-    #   out once by the lane that owns it, read by both halves.
+    # CH channels a lane: two, which are neighbours in memory and one word in 16 bits, share a row of B and of C, the
+    #   loads and the sums over channels; they need twice the registers and sequences enough for half the warps.
+    # Shared memory, a warp: T rows of B and of C in fp32, what a token has one of a channel (dt, dt x, ds), worked out
+    #   once by the lane that owns it and read by both halves, and the decays of T tokens, from (2) for (3).
     # Sums over channels (dB, dC): one tf32 matrix product with ones a pair, the program's warps added in a fixed order,
     #   one fp32 row a program and pair of tokens to global memory; a second kernel adds the rows.
     # Traffic: x, dt twice, z, dy once, dx, ddt, dz written: 9 * b*l*d elements, OUT 10; 128 bytes a token and program
     #   for sums.
-    # Numerics: fp32; in a fp32 call the sums split values in two, else products are cut to 11 bits, without bias.
+    # Numerics: fp32; in a fp32 call the sums split values in two, else products are cut to 11 bits, without bias (CUT).
     # Bound: issue slots.
     NH: tl.constexpr = (NS + 1) // 2
     Q: tl.constexpr = (NH + 3) // 4
@@ -593,6 +665,7 @@ def _scan_bwd_kernel(
     DT: tl.constexpr = dt_ptr.dtype.element_ty
     DY: tl.constexpr = dy_ptr.dtype.element_ty
     Z: tl.constexpr = z_ptr.dtype.element_ty if HAS_Z else X
+    PARKED: tl.constexpr = s_ptr.dtype.element_ty if ADD or PARK else X
     lane = tl.arange(0, 32 * W)
     half = (lane // 16) % 2
     dg = d // GROUPS
@@ -651,8 +724,8 @@ def _scan_bwd_kernel(
     workers = tl.num_programs(0) // nblk
     if SHARE:
         every = tl.cdiv(l, CHUNK)
-        low = (worker.to(tl.int64) * (seqs * every) // workers).to(tl.int32)
-        high = ((worker + 1).to(tl.int64) * (seqs * every) // workers).to(tl.int32)
+        low = _share_start(worker, workers, seqs, l, every, CHUNK)
+        high = _share_start(worker + 1, workers, seqs, l, every, CHUNK)
         works = (high - 1) // every - low // every + 1
     else:
         works = tl.cdiv(seqs * splits - worker, workers)
@@ -688,6 +761,7 @@ def _scan_bwd_kernel(
         row = base * walk * SY + before * SY
         row_dz = (base * walk + before) * SDZ
         s_p = (s_ptr + row) if ADD or PARK else x_p
+        t_p = (t_ptr + row) if (ADD or PARK) and s_ptr.dtype.element_ty != tl.float32 else s_p
         m_p = (mask_ptr + (base * sm_b + before)) if MASK else x_ptr
         B_p = (B_ptr + (base * sB_b + before * SB + group * sB_g)) + row_state * sB_n
         C_p = (C_ptr + (base * sC_b + before * SC + group * sC_g)) + row_state * sC_n
@@ -751,7 +825,7 @@ def _scan_bwd_kernel(
                 C_p, m_p, sC_n, kb, end, walk, frames, lane, T, SC, NH, NS, CONST_C, False, REVERSE, TIME, ASM
             )
             r = _output_inputs(
-                z_p, dy_p, s_p, offs_d, kb, end, walk, frames, half, mask_d, T, SZ, SDY, SY, HAS_Z, ADD,
+                z_p, dy_p, s_p, t_p, offs_d, kb, end, walk, frames, half, mask_d, T, SZ, SDY, SY, HAS_Z, ADD,
                 REVERSE, TIME, EVEN, CH, ASM,
             )  # fmt: skip
             for ss in range(0, blocks):
@@ -762,7 +836,7 @@ def _scan_bwd_kernel(
                 for p in tl.static_range(HT):
                     live = kb + 2 * p + half < end
                     x, dt, raw, real = _own_dt(q[p], live, bias, X, DT, MASK, SOFTPLUS, CH, ASM)
-                    ds, gate, act, parked = _own_ds(r[p], scale, DY, Z, HAS_Z, ADD, CH, ASM)
+                    ds, gate, act, parked = _own_ds(r[p], scale, DY, Z, PARKED, HAS_Z, ADD, CH, ASM)
                     _put_dt(both, p, x, dt, half, CH, ASM)
                     _put_ds(both_ds, p, ds, half, CH, ASM)
                     own = own + ((x, dt, raw, real, ds, gate, act, parked),)
@@ -812,7 +886,8 @@ def _scan_bwd_kernel(
                         ok = live if EVEN else live & mask_d
                         if PARK:
                             to = own_at(s_p, offs_d, kb, 2 * p, walk, frames, half, SY, REVERSE, TIME)
-                            store_values(to, y, ok, CH, ASM)
+                            low = own_at(t_p, offs_d, kb, 2 * p, walk, frames, half, SY, REVERSE, TIME)
+                            _park(to, low, y, ok, CH, ASM)
                         elif HAS_Z:
                             to = own_at(dz_ptr + row_dz, offs_d, kb, 2 * p, walk, frames, half, SDZ, REVERSE, TIME)
                             store_values(to, dz, ok, CH, ASM)
@@ -835,13 +910,16 @@ def _scan_bwd_kernel(
                 if ASM:
                     warp_sync(lane)
                 before_s = tl.maximum(s - 1, 0)
+                if ASM:
+                    for i in tl.static_range(Q * CH):
+                        prefetch(scr + (before_s * Q * CH + i) * 128 * W)
                 k = k0 + before_s * T
                 q = _state_inputs(
                     x_p, dt_p, m_p, offs_d, k, end, walk, frames, half, mask_d, T,
                     SX, SDT, MASK, REVERSE, TIME, EVEN, CH, ASM,
                 )  # fmt: skip
                 r = _output_inputs(
-                    z_p, dy_p, s_p, offs_d, k, end, walk, frames, half, mask_d, T, SZ, SDY, SY, HAS_Z, ADD,
+                    z_p, dy_p, s_p, t_p, offs_d, k, end, walk, frames, half, mask_d, T, SZ, SDY, SY, HAS_Z, ADD,
                     REVERSE, TIME, EVEN, CH, ASM,
                 )  # fmt: skip
                 rB = load_rows(

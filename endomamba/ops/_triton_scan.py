@@ -51,6 +51,15 @@ def zeros(like, NH: tl.constexpr):
 
 
 @triton.jit
+def prefetch(p):
+    # the line of p to L1
+    tl.inline_asm_elementwise(
+        "{prefetch.global.L1 [$1]; mov.u32 $0, 0;}",
+        "=r,l", [p.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def load4(p, mask):
     return tl.inline_asm_elementwise(
         """{.reg .pred p; setp.ne.s32 p, $5, 0; mov.f32 $0, 0f00000000; mov.f32 $1, 0f00000000; mov.f32 $2, 0f00000000;

@@ -1011,7 +1011,7 @@ def test_programs_share_the_chunks_of_all_sequences(reverse, backend, monkeypatc
     """Three sequences of two chunks on two programs: the second is begun by one and finished by the other."""
     from endomamba.ops import _scan_triton
 
-    inputs = make(b=3, l=66, d=20, n=4, reverse=reverse)
+    inputs = make(b=3, l=70, d=20, n=4, reverse=reverse)
     eager, truth = run(inputs, backend="reference"), run(cast(inputs, torch.float64), backend="reference")
     monkeypatch.setattr(_scan_triton, "_processors", lambda device: 1)
     monkeypatch.setitem(_scan_triton.BWD, "per_sm", 2)
