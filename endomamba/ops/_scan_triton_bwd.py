@@ -724,14 +724,14 @@ def _scan_bwd_kernel(
     workers = tl.num_programs(0) // nblk
     if SHARE:
         every = tl.cdiv(l, CHUNK)
-        low = _share_start(worker, workers, seqs, l, every, CHUNK)
-        high = _share_start(worker + 1, workers, seqs, l, every, CHUNK)
-        works = (high - 1) // every - low // every + 1
+        item = _share_start(worker, workers, seqs, l, every, CHUNK)
+        items_end = _share_start(worker + 1, workers, seqs, l, every, CHUNK)
+        works = (items_end - 1) // every - item // every + 1
     else:
         works = tl.cdiv(seqs * splits - worker, workers)
     for nth in range(0, works):
         if SHARE:
-            work = (high - 1) // every - nth
+            work = (items_end - 1) // every - nth
         else:
             work = worker + nth * workers
         seq = work // splits + tl.zeros([], tl.int64)
@@ -771,8 +771,8 @@ def _scan_bwd_kernel(
             dh = _zeros(none, NH, CH)
         chunks = tl.cdiv(end - begin, CHUNK)
         if SHARE:
-            skip = tl.maximum(low - work * every, 0)
-            stop = tl.minimum(high - work * every, every)
+            skip = tl.maximum(item - work * every, 0)
+            stop = tl.minimum(items_end - work * every, every)
             waiting = skip > 0
             while waiting:
                 waiting = tl.atomic_add(ready_ptr + pid - nblk, 0, sem="acquire") == 0
