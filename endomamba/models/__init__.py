@@ -9,20 +9,28 @@ logits, state = model.step(frames, state)        # any number of frames >= 1
 """
 
 from ._registry import create_model, list_models, register_model
+from .attention_twin import AttentionTwin, AttentionTwinConfig, CacheState
 from .checkpoint import CheckpointError, LoadReport, load_checkpoint
 from .config import EndoMambaConfig
+from .endofm import EndoFM, EndoFMConfig, WindowState
 from .endomamba import EndoMamba
 from .heads import ClassificationHead, PhaseHead
 from .state import StreamState
 
 __all__ = [
+    "AttentionTwin",
+    "AttentionTwinConfig",
+    "CacheState",
     "CheckpointError",
     "ClassificationHead",
+    "EndoFM",
+    "EndoFMConfig",
     "EndoMamba",
     "EndoMambaConfig",
     "LoadReport",
     "PhaseHead",
     "StreamState",
+    "WindowState",
     "create_model",
     "list_models",
     "load_checkpoint",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from ..ops._backend import NAMES
 
@@ -43,23 +44,13 @@ class EndoMambaConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        who, size = type(self).__name__, self.img_size
-        if not isinstance(size, int) and not (isinstance(size, (tuple, list)) and len(size) == 2):
-            raise ValueError(f"{who}: img_size must be an int or (height, width), got {size!r}")
-        height, width = (size, size) if isinstance(size, int) else size
-        object.__setattr__(self, "img_size", (height, width))
-        positive = ("patch_size", "in_channels", "embed_dim", "depth", "d_state", "d_conv", "expand")
-        for name in positive:
+        who = type(self).__name__
+        check_frame(who, self)
+        for name in ("embed_dim", "depth", "d_state", "d_conv", "expand"):
             check_int(who, name, getattr(self, name), 1)
-        check_int(who, "img_size", height, 1)
-        check_int(who, "img_size", width, 1)
         check_int(who, "num_classes", self.num_classes, 0)
         if self.dt_rank is not None:
             check_int(who, "dt_rank", self.dt_rank, 1)
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f"{who}: img_size must be a multiple of patch_size={self.patch_size}, got {height} x {width}"
-            )
         if self.embed_dim % 2:
             raise ValueError(
                 f"{who}: embed_dim must be even (temporal positions are sin, cos pairs), got {self.embed_dim}"
@@ -128,3 +119,19 @@ class EndoMambaConfig:
 def check_int(who: str, name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{who}: {name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_frame(who: str, config: Any) -> None:
+    """Of any model's config: makes img_size a pair, and refuses frames that are not whole patches."""
+    size = config.img_size
+    if not isinstance(size, int) and not (isinstance(size, (tuple, list)) and len(size) == 2):
+        raise ValueError(f"{who}: img_size must be an int or (height, width), got {size!r}")
+    height, width = (size, size) if isinstance(size, int) else size
+    for name, value in (("patch_size", config.patch_size), ("in_channels", config.in_channels),
+                        ("img_size", height), ("img_size", width)):  # fmt: skip
+        check_int(who, name, value, 1)
+    if height % config.patch_size or width % config.patch_size:
+        raise ValueError(
+            f"{who}: img_size must be a multiple of patch_size={config.patch_size}, got {height} x {width}"
+        )
+    object.__setattr__(config, "img_size", (height, width))
