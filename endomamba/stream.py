@@ -178,6 +178,10 @@ class Verifier:
         self.model = model
         self.window = window
         self.state: StreamState = model.init_state(1)
+        if not isinstance(self.state, StreamState):
+            raise ValueError(
+                f"Verifier: it compares the states of EndoMamba, this model has {type(self.state).__name__}"
+            )
         self.frames = 0
         self.difference = self.state_difference = 0.0
         self.largest = 0.0

@@ -53,11 +53,11 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     A token reads itself and what is before it.  No mask is made on a GPU, where the fused kernels count from the end.
     """
     new, held = q.shape[2], k.shape[2]
-    k, v = k.to(q.dtype), v.to(q.dtype)
     if new == held:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(new, held))
+    if q.is_cuda:  # this mask calls the kernels past autocast: an fp32 cache is cast here
+        mask = causal_lower_right(new, held)
+        return F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask)
     mask = torch.ones(new, held, dtype=torch.bool, device=q.device).tril(held - new)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
