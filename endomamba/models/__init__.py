@@ -6,6 +6,8 @@ logits = model(video)                            # (b, 3, t, h, w) -> (b, t, cla
 
 state = model.init_state(batch_size=1)
 logits, state = model.step(frames, state)        # any number of frames >= 1
+
+`endomamba_*` are the subject; `attention_twin_*` and `endofm` have the same calls and are there to compare with.
 """
 
 from ._registry import create_model, list_models, register_model
