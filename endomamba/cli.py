@@ -251,8 +251,13 @@ def _model(args: argparse.Namespace, text: Any) -> tuple[nn.Module, bool]:
     """-> the model in evaluation mode, and whether its labels mean anything."""
     import torch
 
-    from .models import CheckpointError, create_model, load_checkpoint
+    from .models import CheckpointError, create_model, list_models, load_checkpoint
 
+    if args.model in list_models() and not args.model.startswith("endomamba"):
+        raise UsageError(
+            f"--model {args.model}: this command streams EndoMamba; drive {args.model} from Python with "
+            "endomamba.stream.FrameStream"
+        )
     options: dict[str, Any] = {"num_classes": args.num_classes or 0, "head": args.head, "backend": args.backend}
     if args.weights is None:
         # At the published initialisation a state fades within one frame, and equality would prove nothing.

@@ -6,23 +6,33 @@ logits = model(video)                            # (b, 3, t, h, w) -> (b, t, cla
 
 state = model.init_state(batch_size=1)
 logits, state = model.step(frames, state)        # any number of frames >= 1
+
+`endomamba_*` are the subject; `attention_twin_*` and `endofm` have the same calls and are there to compare with.
 """
 
 from ._registry import create_model, list_models, register_model
+from .attention_twin import AttentionTwin, AttentionTwinConfig, CacheState
 from .checkpoint import CheckpointError, LoadReport, load_checkpoint
 from .config import EndoMambaConfig
+from .endofm import EndoFM, EndoFMConfig, WindowState
 from .endomamba import EndoMamba
 from .heads import ClassificationHead, PhaseHead
 from .state import StreamState
 
 __all__ = [
+    "AttentionTwin",
+    "AttentionTwinConfig",
+    "CacheState",
     "CheckpointError",
     "ClassificationHead",
+    "EndoFM",
+    "EndoFMConfig",
     "EndoMamba",
     "EndoMambaConfig",
     "LoadReport",
     "PhaseHead",
     "StreamState",
+    "WindowState",
     "create_model",
     "list_models",
     "load_checkpoint",

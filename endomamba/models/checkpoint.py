@@ -1,4 +1,4 @@
-"""Weights from every container in which EndoMamba weights were published, and from safetensors.
+"""Weights from every container in which those of EndoMamba and Endo-FM were published, and from safetensors.
 
     report = load_checkpoint(model, "checkpoint-499.pth")
     print(report)
@@ -15,7 +15,7 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,11 +24,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .endofm import EndoFM, resize_nearest
 from .endomamba import EndoMamba
 from .layers import resize_positions
 
-# Where a training script put the weights, and the prefixes that wrappers put before each name.
-CONTAINERS = ("model", "backbone_state_dict", "state_dict")
+# The prefixes that wrappers put before each name.
 WRAPPERS = ("module.", "_orig_mod.")
 # What stands beside `encoder.` in the published pre-training and segmentation files: no part of this model.
 BESIDE_ENCODER = ("mask_token", "encoder_to_decoder.", "decoder.", "segmentation_head.")
@@ -64,31 +64,37 @@ class LoadReport:
 
 
 def load_checkpoint(
-    model: EndoMamba,
+    model: EndoMamba | EndoFM,
     path: str | os.PathLike[str],
     *,
     strict: bool = True,
     map_pos_embed: bool = False,
     drop_head: bool = False,
 ) -> LoadReport:
-    """Loads `path` into an EndoMamba and says what went where.
+    """Loads `path` into an EndoMamba (or its attention twin) or an Endo-FM and says what went where.
 
-    Files: pre-training ({'model': ...} or bare, names under `encoder.`), phase ({'model': ...}), classification
-    ({'backbone_state_dict': ...}, names under `module.`), a bare state dict, safetensors.
+    Files, EndoMamba: pre-training ({'model': ...} or bare, names under `encoder.`), phase ({'model': ...}),
+    classification ({'backbone_state_dict': ...}, names under `module.`).  Endo-FM: pre-training ({'teacher': ...} or
+    bare, names under `backbone.`, SVT's too), classification ({'backbone_state_dict': ..., 'state_dict': the head}),
+    TimeSformer ({'model_state': ...}, names under `model.`), a ViT for pictures, whose attention and norm1 over a frame
+    are taken for time too.  Any: a bare state dict, safetensors.
 
     strict: every name and shape must match, except that an `encoder.` file may lack cls_token, pos_embed and head, and
-        hold decoders.  False: what does not match is left out and reported.
-    map_pos_embed: pre-trained positions have no row for cls, and the published rule discards them.  True puts them in
-        rows 1.. and zeros in row 0.
+        hold decoders, a `backbone.` file may lack a head and hold that of pre-training, and a ViT has no time_embed and
+        temporal_fc.  False: what does not match is left out and reported.
+    map_pos_embed: EndoMamba's pre-trained positions have no row for cls, and the published rule discards them.  True
+        puts them in rows 1.. and zeros in row 0.
     drop_head: leave the model's head as it is, whatever the file has.
 
-    Positions of another image size are interpolated.  CheckpointError: the file is not loadable, or would load nothing.
+    Positions of another image size are interpolated (Endo-FM: nearest, and in time), as each was published.
+    CheckpointError: the file is not loadable, or would load nothing.
     """
     path = os.fspath(path)
-    source, container = _unwrap(path, _read(path))
-    weights, remapped, beside = _strip(path, source)
-    pretrained = beside is not None
-    skipped: dict[str, str] = dict.fromkeys(beside or (), "not part of the encoder")
+    layout = ENDOFM if isinstance(model, EndoFM) else ENDOMAMBA
+    if map_pos_embed and layout is ENDOFM:
+        raise ValueError("load_checkpoint: map_pos_embed is for EndoMamba; positions of Endo-FM have a row for cls")
+    source, container = _unwrap(path, _read(path), layout)
+    weights, remapped, skipped, optional = layout.rename(path, source)
     target = model.state_dict()
 
     if drop_head:
@@ -96,7 +102,9 @@ def load_checkpoint(
             skipped[name] = "drop_head=True"
             del weights[name]
     _check_head(path, weights, target)
-    if "pos_embed" in weights:
+    if isinstance(model, EndoFM):
+        _fit_tables(model, weights, remapped)
+    elif "pos_embed" in weights:
         _fit_positions(model, weights, remapped, skipped, map_pos_embed)
 
     missing = tuple(name for name in target if name not in weights)
@@ -105,13 +113,12 @@ def load_checkpoint(
     mismatched = {name: _mismatch(weights[name], target[name]) for name in shared}
     mismatched = {name: why for name, why in mismatched.items() if why}
     loaded = {name: weights[name] for name in shared if name not in mismatched}
-    if not _has_layers(shared if strict else loaded):
+    if not any(name.startswith(layout.layers) for name in (shared if strict else loaded)):
         held = ", ".join(_families(source)[:4])
         raise CheckpointError(f"{path}: nothing in it fits this model, it would load nothing (the file holds {held})")
     if strict:
-        optional: tuple[str, ...] = NOT_PRETRAINED if pretrained else ()
         optional += ("head.",) if drop_head else ()
-        _check_size(path, weights, target)
+        _check_size(path, weights, target, layout)
         _check_strict(path, mismatched, [n for n in missing if not n.startswith(optional)], unexpected)
     skipped.update(mismatched)
 
@@ -203,16 +210,14 @@ _SCALARS = (_named("numpy.core.multiarray"), _named("numpy._core.multiarray"))
 # ---- from a dict to names of the model
 
 
-def _unwrap(path: str, content: Any) -> tuple[dict[str, Tensor], str]:
+def _unwrap(path: str, content: Any, layout: _Layout) -> tuple[dict[str, Tensor], str]:
     """-> the state dict and where it was."""
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a state dict")
-    for key in CONTAINERS:
-        if isinstance(content.get(key), Mapping):
-            content, where = content[key], f"['{key}']"
-            break
-    else:
-        where = "bare"
+    found = next((keys for keys in layout.containers if all(isinstance(content.get(k), Mapping) for k in keys)), ())
+    if found:
+        content = {name: t for key in found for name, t in content[key].items()}
+    where = " and ".join(f"['{key}']" for key in found) or "bare"
     weights = {name: t for name, t in content.items() if isinstance(name, str) and isinstance(t, Tensor)}
     if not weights:
         keys = ", ".join(repr(key) for key in list(content)[:5]) or "nothing"
@@ -220,23 +225,107 @@ def _unwrap(path: str, content: Any) -> tuple[dict[str, Tensor], str]:
     return weights, where
 
 
-def _strip(path: str, source: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str], list[str] | None]:
-    """Takes prefixes off.  -> weights, {name in the file: name in the model}, what stood beside `encoder.` or None."""
+def _strip_wrappers(source: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """-> weights without the prefixes of wrappers, and those prefixes."""
     weights, prefix = dict(source), ""
     for wrapper in WRAPPERS:
         if all(name.startswith(wrapper) for name in weights):
             weights = {name.removeprefix(wrapper): t for name, t in weights.items()}
             prefix += wrapper
-    beside = None
-    if any(name.startswith("encoder.layers.") for name in weights):
-        beside = [name for name in weights if name.startswith(BESIDE_ENCODER)]
-        weights = {name: t for name, t in weights.items() if name not in set(beside)}
+    return weights, prefix
+
+
+# Weights by their names in the model; {name in the file: name in the model}; {name in the file: why it is left out};
+# beginnings of names that the file need not have.
+Renamed = tuple[dict[str, Tensor], dict[str, str], dict[str, str], tuple[str, ...]]
+
+
+def _rename_endomamba(path: str, source: Mapping[str, Tensor]) -> Renamed:
+    """Takes `encoder.` off."""
+    weights, prefix = _strip_wrappers(source)
+    skipped: dict[str, str] = {}
+    pretrained = any(name.startswith("encoder.layers.") for name in weights)
+    if pretrained:
+        skipped = {name: "not part of the encoder" for name in weights if name.startswith(BESIDE_ENCODER)}
+        weights = {name: t for name, t in weights.items() if name not in skipped}
         clash = [name for name in weights if f"encoder.{name}" in weights]
         if clash:
             raise CheckpointError(f"{path}: holds both {clash[0]} and encoder.{clash[0]}")
-    renamed = {name: name.removeprefix("encoder.") if beside is not None else name for name in weights}
+    renamed = {name: name.removeprefix("encoder.") if pretrained else name for name in weights}
     remapped = {prefix + old: new for old, new in renamed.items() if prefix + old != new}
-    return {renamed[old]: t for old, t in weights.items()}, remapped, beside
+    optional = NOT_PRETRAINED if pretrained else ()
+    return {renamed[old]: t for old, t in weights.items()}, remapped, skipped, optional
+
+
+def _rename_endofm(path: str, source: Mapping[str, Tensor]) -> Renamed:
+    """Takes `model.` and `backbone.` off, calls `linear` the head, and makes a ViT for pictures one for clips.
+
+    Beside `backbone.` there is the head of pre-training, which is no part of this model.
+    """
+    weights, prefix = _strip_wrappers(source)
+    skipped: dict[str, str] = {}
+    inner = next((p for p in ("backbone.", "model.") if any(name.startswith(f"{p}blocks.") for name in weights)), "")
+    if inner == "backbone.":
+        skipped = {prefix + name: "not part of the backbone" for name in weights if not name.startswith(inner)}
+    renamed = {name: name.removeprefix(inner) for name in weights if prefix + name not in skipped}
+    renamed = {old: re.sub(r"^linear\.", "head.", new) for old, new in renamed.items()}
+    if len(set(renamed.values())) < len(renamed):
+        names = list(renamed.values())
+        raise CheckpointError(f"{path}: holds {next(name for name in names if names.count(name) > 1)} twice")
+    remapped = {prefix + old: new for old, new in renamed.items() if prefix + old != new}
+    optional: tuple[str, ...] = ("head.",) if inner == "backbone." else ()
+    result = {new: weights[old] for old, new in renamed.items()}
+    if not any("temporal_" in name or name == "time_embed" for name in result):
+        for old, new in renamed.items():
+            over_time = re.sub(r"^(blocks\.\d+\.)(attn|norm1)\.", r"\1temporal_\2.", new)
+            if over_time != new:
+                result[over_time] = result[new]
+                remapped[prefix + old] = f"{over_time} too"
+        blocks = {found[0] for found in (re.match(r"blocks\.\d+\.", name) for name in result) if found}
+        optional += ("time_embed", *(f"{block}temporal_fc." for block in blocks))
+    return result, remapped, skipped, optional
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How the files of a kind of model are made."""
+
+    containers: tuple[tuple[str, ...], ...]  # keys under which a training script put the weights; the first found
+    rename: Callable[[str, Mapping[str, Tensor]], Renamed]
+    layers: str
+    norm: str  # a vector of embed_dim
+
+
+ENDOMAMBA = _Layout(
+    containers=(("model",), ("backbone_state_dict",), ("state_dict",)),
+    rename=_rename_endomamba,
+    layers="layers.",
+    norm="norm_f",
+)
+ENDOFM = _Layout(
+    containers=(("teacher",), ("model_state",), ("backbone_state_dict", "state_dict"), *ENDOMAMBA.containers),
+    rename=_rename_endofm,
+    layers="blocks.",
+    norm="norm",
+)
+
+
+def _fit_tables(model: EndoFM, weights: dict[str, Tensor], remapped: dict[str, str]) -> None:
+    """Brings Endo-FM's positions to the model's grid and frames by the published rule, nearest.  In place."""
+    config, c = model.config, model.config.embed_dim
+    origin = {new: old for old, new in remapped.items()}
+    pos, time = weights.get("pos_embed"), weights.get("time_embed")
+    if pos is not None and pos.ndim == 3 and pos.shape[::2] == (1, c) and pos.shape[1] > 1:
+        side = math.isqrt(pos.shape[1] - 1)
+        if pos.shape[1] - 1 == side * side and side * side != math.prod(config.grid):
+            places = resize_nearest(pos[:, 1:].unflatten(1, (side, side)), config.grid).flatten(1, 2)
+            weights["pos_embed"] = torch.cat((pos[:, :1], places), 1)
+            how = f"pos_embed resized from {side}x{side} to {config.grid[0]}x{config.grid[1]} patches"
+            remapped[origin.get("pos_embed", "pos_embed")] = how
+    if time is not None and time.ndim == 3 and time.shape[::2] == (1, c) and time.shape[1] != config.num_frames:
+        weights["time_embed"] = resize_nearest(time, config.num_frames)
+        how = f"time_embed resized from {time.shape[1]} to {config.num_frames} frames"
+        remapped[origin.get("time_embed", "time_embed")] = how
 
 
 def _fit_positions(
@@ -301,16 +390,13 @@ def _check_head(path: str, weights: Mapping[str, Tensor], target: Mapping[str, T
         )
 
 
-def _has_layers(names: Iterable[str]) -> bool:
-    return any(name.startswith("layers.") for name in names)
-
-
-def _check_size(path: str, weights: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+def _check_size(path: str, weights: Mapping[str, Tensor], target: Mapping[str, Tensor], layout: _Layout) -> None:
     """Says in two numbers what would otherwise be a list of every layer."""
 
     def size(names: Mapping[str, Tensor]) -> tuple[int, int]:
-        layers = {int(found[1]) for found in (re.match(r"layers\.(\d+)\.", name) for name in names) if found}
-        width = names["norm_f.weight"].numel() if "norm_f.weight" in names else 0
+        layers = {int(found[1]) for found in (re.match(rf"{layout.layers}(\d+)\.", name) for name in names) if found}
+        norm = names.get(f"{layout.norm}.weight")
+        width = 0 if norm is None else norm.numel()
         return width, max(layers, default=-1) + 1
 
     got, expected = size(weights), size(target)
@@ -342,6 +428,10 @@ def _check_strict(path: str, mismatched: Mapping[str, str], missing: list[str], 
         raise CheckpointError(f"{path}: does not fit this model: {'; '.join(problems)}")
 
 
+def _family(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
 def _families(names: Iterable[str]) -> list[str]:
     """Names with the number of a layer replaced by *, each once: short enough for a sentence.
 
@@ -350,13 +440,13 @@ def _families(names: Iterable[str]) -> list[str]:
     """
     counts: dict[str, int] = {}
     for name in names:
-        family = re.sub(r"\.\d+\.", ".*.", name)
+        family = _family(name)
         counts[family] = counts.get(family, 0) + 1
     return [name if count == 1 else f"{name} ({count})" for name, count in counts.items()]
 
 
 def _shortened(remapped: Mapping[str, str]) -> dict[str, str]:
-    """One line for all names that only lost a prefix."""
+    """One line for all names that only lost a prefix, and one for what differs in the number of a layer only."""
     prefixes: dict[str, int] = {}
     lines = {}
     for old, new in remapped.items():
@@ -364,5 +454,5 @@ def _shortened(remapped: Mapping[str, str]) -> dict[str, str]:
             prefix = old.removesuffix(new)
             prefixes[prefix] = prefixes.get(prefix, 0) + 1
         else:
-            lines[old] = new
+            lines[_family(old)] = _family(new)
     return {**{f"{prefix}*": f"* ({count} names)" for prefix, count in prefixes.items()}, **lines}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from ..ops._backend import NAMES
 
@@ -43,46 +44,33 @@ class EndoMambaConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        size = self.img_size
-        if not isinstance(size, int) and not (isinstance(size, (tuple, list)) and len(size) == 2):
-            raise ValueError(f"EndoMambaConfig: img_size must be an int or (height, width), got {size!r}")
-        height, width = (size, size) if isinstance(size, int) else size
-        object.__setattr__(self, "img_size", (height, width))
-        positive = ("patch_size", "in_channels", "embed_dim", "depth", "d_state", "d_conv", "expand")
-        for name in positive:
-            _check_int(name, getattr(self, name), 1)
-        _check_int("img_size", height, 1)
-        _check_int("img_size", width, 1)
-        _check_int("num_classes", self.num_classes, 0)
+        who = type(self).__name__
+        check_frame(who, self)
+        for name in ("embed_dim", "depth", "d_state", "d_conv", "expand"):
+            check_int(who, name, getattr(self, name), 1)
+        check_int(who, "num_classes", self.num_classes, 0)
         if self.dt_rank is not None:
-            _check_int("dt_rank", self.dt_rank, 1)
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f"EndoMambaConfig: img_size must be a multiple of patch_size={self.patch_size}, got {height} x {width}"
-            )
+            check_int(who, "dt_rank", self.dt_rank, 1)
         if self.embed_dim % 2:
             raise ValueError(
-                f"EndoMambaConfig: embed_dim must be even (temporal positions are sin, cos pairs), got {self.embed_dim}"
+                f"{who}: embed_dim must be even (temporal positions are sin, cos pairs), got {self.embed_dim}"
             )
         if self.num_spatial_layers is not None:
-            _check_int("num_spatial_layers", self.num_spatial_layers, 0)
+            check_int(who, "num_spatial_layers", self.num_spatial_layers, 0)
             if self.num_spatial_layers > self.depth:
                 raise ValueError(
-                    f"EndoMambaConfig: num_spatial_layers must not exceed depth={self.depth}, "
-                    f"got {self.num_spatial_layers}"
+                    f"{who}: num_spatial_layers must not exceed depth={self.depth}, got {self.num_spatial_layers}"
                 )
         for name in ("drop_rate", "drop_path_rate"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"EndoMambaConfig: {name} must be in [0, 1), got {getattr(self, name)}")
+                raise ValueError(f"{who}: {name} must be in [0, 1), got {getattr(self, name)}")
         for name, names in (("head", HEADS), ("dt_init", DT_INITS), ("backend", BACKENDS)):
             if getattr(self, name) not in names:
-                raise ValueError(f"EndoMambaConfig: {name} must be one of {names}, got {getattr(self, name)!r}")
+                raise ValueError(f"{who}: {name} must be one of {names}, got {getattr(self, name)!r}")
         if not self.with_cls_token and self.head != "mean":
-            raise ValueError(
-                f"EndoMambaConfig: head={self.head!r} reads the cls token, which with_cls_token=False removes"
-            )
+            raise ValueError(f"{who}: head={self.head!r} reads the cls token, which with_cls_token=False removes")
         if not 0 < self.dt_min <= self.dt_max:
-            raise ValueError(f"EndoMambaConfig: needs 0 < dt_min <= dt_max, got {self.dt_min} and {self.dt_max}")
+            raise ValueError(f"{who}: needs 0 < dt_min <= dt_max, got {self.dt_min} and {self.dt_max}")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -128,6 +116,22 @@ class EndoMambaConfig:
         )
 
 
-def _check_int(name: str, value: object, least: int) -> None:
+def check_int(who: str, name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"EndoMambaConfig: {name} must be an integer of at least {least}, got {value!r}")
+        raise ValueError(f"{who}: {name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_frame(who: str, config: Any) -> None:
+    """Of any model's config: makes img_size a pair, and refuses frames that are not whole patches."""
+    size = config.img_size
+    if not isinstance(size, int) and not (isinstance(size, (tuple, list)) and len(size) == 2):
+        raise ValueError(f"{who}: img_size must be an int or (height, width), got {size!r}")
+    height, width = (size, size) if isinstance(size, int) else size
+    for name, value in (("patch_size", config.patch_size), ("in_channels", config.in_channels),
+                        ("img_size", height), ("img_size", width)):  # fmt: skip
+        check_int(who, name, value, 1)
+    if height % config.patch_size or width % config.patch_size:
+        raise ValueError(
+            f"{who}: img_size must be a multiple of patch_size={config.patch_size}, got {height} x {width}"
+        )
+    object.__setattr__(config, "img_size", (height, width))

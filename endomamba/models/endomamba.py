@@ -15,7 +15,15 @@ from torch.utils.checkpoint import checkpoint
 from ._registry import register_model
 from .config import EndoMambaConfig
 from .heads import ClassificationHead, build_head
-from .layers import PatchEmbed, RMSNorm, SpatialBlock, TemporalBlock, resize_positions, temporal_positions
+from .layers import (
+    PatchEmbed,
+    RMSNorm,
+    SpatialBlock,
+    TemporalBlock,
+    check_video,
+    resize_positions,
+    temporal_positions,
+)
 from .mixer import BidirectionalMixer, CausalMixer
 from .state import StreamState
 
@@ -111,7 +119,7 @@ class EndoMamba(nn.Module):
     def init_state(self, batch_size: int = 1, device: torch.device | str | None = None) -> StreamState:
         """The state of `batch_size` streams before their first frame."""
         if batch_size < 1:
-            raise ValueError(f"EndoMamba.init_state: batch_size must be at least 1, got {batch_size}")
+            raise ValueError(f"{type(self).__name__}.init_state: batch_size must be at least 1, got {batch_size}")
         device = self.pos_embed.device if device is None else torch.device(device)
         shapes, dtype = self._state_shapes(batch_size), self._state_dtype()
         with torch.inference_mode(False):  # or `step_` could not change it outside of the caller's inference mode
@@ -213,6 +221,9 @@ class EndoMamba(nn.Module):
         layers, d = config.temporal_layers, config.inner_dim
         return {"conv": (layers, b, config.d_conv - 1, d), "ssm": (layers, b, d, config.d_state), "frame": (b,)}
 
+    def _check_video(self, video: Tensor) -> None:
+        check_video(type(self).__name__, video, self.config, self.pos_embed.device)
+
     def _check_state(self, frames: Tensor, state: StreamState) -> None:
         if not isinstance(state, StreamState):
             raise ValueError(f"EndoMamba: state must be a StreamState (see init_state), got {type(state).__name__}")
@@ -221,27 +232,6 @@ class EndoMamba(nn.Module):
             state.check(self.config.fingerprint, shapes, self._state_dtype(), self.pos_embed.device)
         except ValueError as error:
             raise ValueError(f"EndoMamba: {error}") from None
-
-    def _check_video(self, video: Tensor) -> None:
-        config, (height, width) = self.config, self.config.size
-        size = "h, w" if config.dynamic_img_size else f"{height}, {width}"
-        expected = f"video must be (b, {config.in_channels}, t, {size}) with t >= 1"
-        if video.ndim != 5 or video.shape[1] != config.in_channels or video.shape[2] < 1:
-            raise ValueError(f"EndoMamba: {expected}, got {tuple(video.shape)}")
-        if not config.dynamic_img_size and video.shape[3:] != (height, width):
-            raise ValueError(
-                f"EndoMamba: {expected}, got {tuple(video.shape)}; resize the frames, "
-                "or create the model with that img_size or with dynamic_img_size=True"
-            )
-        p = config.patch_size
-        if video.shape[3] % p or video.shape[4] % p or 0 in video.shape[3:]:
-            raise ValueError(
-                f"EndoMamba: height and width must be multiples of the patch size {p}, got {tuple(video.shape)}"
-            )
-        if not video.is_floating_point():
-            raise ValueError(f"EndoMamba: video must be normalised floating point, got {video.dtype}")
-        if video.device != self.pos_embed.device:
-            raise ValueError(f"EndoMamba: video is on {video.device}, the model on {self.pos_embed.device}")
 
 
 @register_model

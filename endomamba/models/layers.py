@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import add_rms_norm
+from .config import EndoMambaConfig
 from .mixer import BidirectionalMixer, CausalMixer
 from .precision import KeepsFp32
 
@@ -37,6 +38,27 @@ class PatchEmbed(nn.Module):
         # Order and dtype in one copy: a clip is the largest tensor outside of the blocks.
         patches = patches.permute(0, 2, 3, 4, 1, 5, 6).to(dtype, memory_format=torch.contiguous_format)
         return F.linear(patches.flatten(4).flatten(2, 3), weight.flatten(1), bias)
+
+
+def check_video(who: str, video: Tensor, config: EndoMambaConfig, device: torch.device) -> None:
+    """ValueError, in one sentence that begins with `who`, for a video that this config does not take."""
+    height, width = config.size
+    size = "h, w" if config.dynamic_img_size else f"{height}, {width}"
+    expected = f"video must be (b, {config.in_channels}, t, {size}) with t >= 1"
+    if video.ndim != 5 or video.shape[1] != config.in_channels or video.shape[2] < 1:
+        raise ValueError(f"{who}: {expected}, got {tuple(video.shape)}")
+    if not config.dynamic_img_size and video.shape[3:] != (height, width):
+        raise ValueError(
+            f"{who}: {expected}, got {tuple(video.shape)}; resize the frames, "
+            "or create the model with that img_size or with dynamic_img_size=True"
+        )
+    p = config.patch_size
+    if video.shape[3] % p or video.shape[4] % p or 0 in video.shape[3:]:
+        raise ValueError(f"{who}: height and width must be multiples of the patch size {p}, got {tuple(video.shape)}")
+    if not video.is_floating_point():
+        raise ValueError(f"{who}: video must be normalised floating point, got {video.dtype}")
+    if video.device != device:
+        raise ValueError(f"{who}: video is on {video.device}, the model on {device}")
 
 
 def temporal_positions(frame: Tensor, channels: int) -> Tensor:

@@ -6,8 +6,9 @@ Letters: b streams, layers temporal layers, w conv width, d inner channels, n st
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,22 +17,19 @@ from torch import Tensor
 from torch.utils import _pytree
 
 FORMAT = "endomamba.StreamState"
-TENSORS = ("conv", "ssm", "frame")
 
 Rows = int | Sequence[int] | Tensor
+State = TypeVar("State", bound="CarriedState")
 
 
-@dataclass(frozen=True, eq=False)
-class StreamState:
-    """conv: (layers, b, w - 1, d), newest last  ssm: (layers, b, d, n)  frame: (b,) int64, frames seen so far.
+class CarriedState:
+    """What the state of every model has; a subclass is a dataclass whose tensors are named in TENSORS.
 
-    Both states are fp32 whatever the model's dtype (fp64 for an fp64 model).  `model` is the fingerprint of the config
-    it belongs to; another model refuses it.  Row i of every tensor is stream i; rows may be at different frames.
+    `model` is the fingerprint of the config it belongs to; another model refuses it.
     """
 
-    conv: Tensor
-    ssm: Tensor
-    frame: Tensor
+    TENSORS: ClassVar[tuple[str, ...]]
+    frame: Tensor  # (b,) int64, frames seen so far
     model: str
 
     @property
@@ -40,22 +38,70 @@ class StreamState:
 
     @property
     def device(self) -> torch.device:
-        return self.ssm.device
+        return self.frame.device
 
     @property
     def nbytes(self) -> int:
-        return sum(getattr(self, name).numel() * getattr(self, name).element_size() for name in TENSORS)
+        return sum(getattr(self, name).numel() * getattr(self, name).element_size() for name in self.TENSORS)
 
-    def clone(self) -> StreamState:
+    def clone(self: State) -> State:
         """A snapshot: `step_` on one leaves the other as it was."""
-        return self._with(self.conv.clone(), self.ssm.clone(), self.frame.clone())
+        return self._map(Tensor.clone)
 
-    def detach(self) -> StreamState:
+    def detach(self: State) -> State:
         """Shares memory; gradients stop here (truncated back-propagation through time)."""
-        return self._with(self.conv.detach(), self.ssm.detach(), self.frame)
+        return self._map(Tensor.detach)
 
-    def to(self, device: torch.device | str) -> StreamState:
-        return self._with(self.conv.to(device), self.ssm.to(device), self.frame.to(device))
+    def to(self: State, device: torch.device | str) -> State:
+        return self._map(lambda tensor: tensor.to(device))
+
+    @torch.no_grad()
+    def copy_(self: State, other: CarriedState) -> State:
+        """Takes over what `other` holds; ValueError if it belongs to another model, batch, device or dtype."""
+        shapes = {name: getattr(self, name).shape for name in self.TENSORS}
+        other.check(self.model, shapes, getattr(self, self.TENSORS[0]).dtype, self.device)
+        for name in self.TENSORS:
+            getattr(self, name).copy_(getattr(other, name))
+        return self
+
+    def check(self, model: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> None:
+        """Refuses what does not belong to this model, batch, device and dtype, in one sentence."""
+        if self.model != model:
+            raise ValueError(f"state belongs to another model: this one is [{model}], the state's is [{self.model}]")
+        for name, shape in shapes.items():
+            tensor = getattr(self, name)
+            if tensor.shape != shape:
+                batch = shapes["frame"][0]
+                if tensor.ndim == len(shape) and self.batch_size != batch:
+                    raise ValueError(f"state holds {self.batch_size} streams, the frames are {batch}")
+                raise ValueError(f"state.{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+            if tensor.device != device:
+                raise ValueError(
+                    f"state.{name} is on {tensor.device}, the model on {device}: call state.to('{device}')"
+                )
+            expected = torch.int64 if name == "frame" else dtype
+            if tensor.dtype != expected:
+                raise ValueError(f"state.{name} must be {expected}, got {tensor.dtype}")
+
+    def _map(self: State, function: Callable[[Tensor], Tensor]) -> State:
+        changes: dict[str, Any] = {name: function(getattr(self, name)) for name in self.TENSORS}
+        return replace(self, **changes)  # type: ignore[type-var]  # every subclass is a dataclass
+
+
+@dataclass(frozen=True, eq=False)
+class StreamState(CarriedState):
+    """conv: (layers, b, w - 1, d), newest last  ssm: (layers, b, d, n)  frame: (b,) int64, frames seen so far.
+
+    Both states are fp32 whatever the model's dtype (fp64 for an fp64 model).  Row i of every tensor is stream i; rows
+    may be at different frames.
+    """
+
+    TENSORS = ("conv", "ssm", "frame")
+
+    conv: Tensor
+    ssm: Tensor
+    frame: Tensor
+    model: str
 
     def select(self, rows: Rows) -> StreamState:
         """The streams `rows`, in that order; a row may come twice."""
@@ -93,7 +139,7 @@ class StreamState:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file that names the model; whole or not at all."""
-        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in TENSORS}
+        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in StreamState.TENSORS}
         part = f"{os.fspath(path)}.part"
         save_file(tensors, part, metadata={"format": FORMAT, "version": "1", "model": self.model})
         os.replace(part, path)
@@ -107,37 +153,18 @@ class StreamState:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
         except (OSError, SafetensorError) as error:
             raise ValueError(f"StreamState.load: {path} cannot be read as a safetensors file ({error})") from None
-        if metadata.get("format") != FORMAT or metadata.get("version") != "1" or sorted(tensors) != sorted(TENSORS):
+        if metadata.get("format") != FORMAT or metadata.get("version") != "1" or sorted(tensors) != sorted(cls.TENSORS):
             raise ValueError(f"StreamState.load: {path} is not a stream state written by this version")
         state = cls(**tensors, model=metadata.get("model", ""))
         state._check_itself(path)
         return state.to(device)
-
-    def check(self, model: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> None:
-        """Refuses what does not belong to this model, batch, device and dtype, in one sentence."""
-        if self.model != model:
-            raise ValueError(f"state belongs to another model: this one is [{model}], the state's is [{self.model}]")
-        for name, shape in shapes.items():
-            tensor = getattr(self, name)
-            if tensor.shape != shape:
-                batch = shapes["frame"][0]
-                if tensor.ndim == len(shape) and self.batch_size != batch:
-                    raise ValueError(f"state holds {self.batch_size} streams, the frames are {batch}")
-                raise ValueError(f"state.{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
-            if tensor.device != device:
-                raise ValueError(
-                    f"state.{name} is on {tensor.device}, the model on {device}: call state.to('{device}')"
-                )
-            expected = torch.int64 if name == "frame" else dtype
-            if tensor.dtype != expected:
-                raise ValueError(f"state.{name} must be {expected}, got {tensor.dtype}")
 
     def _check_itself(self, path: str) -> None:
         conv, ssm, frame = self.conv, self.ssm, self.frame
         agree = conv.ndim == ssm.ndim == 4 and frame.ndim == 1
         agree = agree and conv.shape[:2] == ssm.shape[:2] and conv.shape[3] == ssm.shape[2]
         if not agree or ssm.shape[1] != frame.shape[0]:
-            shapes = ", ".join(f"{name} {tuple(getattr(self, name).shape)}" for name in TENSORS)
+            shapes = ", ".join(f"{name} {tuple(getattr(self, name).shape)}" for name in StreamState.TENSORS)
             raise ValueError(f"StreamState.load: the tensors in {path} do not fit together: {shapes}")
 
     def _with(self, conv: Tensor, ssm: Tensor, frame: Tensor) -> StreamState:
@@ -166,10 +193,10 @@ class StreamState:
 _pytree.register_pytree_node(
     StreamState,
     lambda state: ([state.conv, state.ssm, state.frame], state.model),
-    lambda tensors, model: StreamState(**dict(zip(TENSORS, tensors)), model=model),
+    lambda tensors, model: StreamState(**dict(zip(StreamState.TENSORS, tensors)), model=model),
     serialized_type_name="endomamba.models.StreamState",
     flatten_with_keys_fn=lambda state: (
-        [(_pytree.GetAttrKey(name), getattr(state, name)) for name in TENSORS],
+        [(_pytree.GetAttrKey(name), getattr(state, name)) for name in StreamState.TENSORS],
         state.model,
     ),
 )

@@ -60,3 +60,33 @@ def assert_close(name: str, got: Tensor, expected: Tensor, tolerance: float) -> 
         error = (got - expected).abs().max().item()
         bar = ROUNDING * tolerance
         assert error <= bar, f"{name}: off by {error:.2e}, the bar is {bar:.0e}"  # NaN fails too
+
+
+def published_fill(model: torch.nn.Module, kept: tuple[str, ...] = ()) -> torch.nn.Module:
+    """Weights from nothing but a formula, as the parity oracles of the specifications have them.
+
+    kept: endings of names that keep their values, though they count.
+    """
+    weights = model.state_dict()
+    for k, name in enumerate(sorted(weights)):
+        if kept and name.endswith(kept):
+            continue
+        i = torch.arange(weights[name].numel(), dtype=torch.float64)
+        s = torch.sin(12.9898 * i + 78.233 * k) * 43758.5453
+        value = 0.6 * (s - s.floor() - 0.5) + ("norm" in name and name.endswith("weight"))
+        weights[name].copy_(value.view_as(weights[name]))
+    return model.eval()
+
+
+def wave(*shape: int) -> Tensor:
+    """The input of those oracles: sin(0.01 j), j the flat index."""
+    return torch.sin(0.01 * torch.arange(torch.Size(shape).numel(), dtype=torch.float64)).float().view(shape)
+
+
+def wide_awake(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Every matrix at the scale of its width and every vector off its start, so that each one shows in the output."""
+    random = Random(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(random.randn(*p.shape) / (p[0].numel() ** 0.5 if p.ndim > 1 else 4))
+    return model.eval()

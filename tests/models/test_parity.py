@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from endomamba.models import EndoMamba, create_model, layers, mixer
-from tests.models.common import BACKENDS, assert_close
+from tests.models.common import BACKENDS, assert_close, published_fill, wave
 from tests.ops.backends import DEVICE
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "endomamba_d48_depth6.safetensors"
@@ -138,21 +138,9 @@ def test_planted_bug_is_caught(golden, monkeypatch, plant, caught_by):
 
 
 def oracle_model(backend):
-    model = create_model("endomamba", img_size=32, embed_dim=32, depth=4, num_classes=3, backend=backend).eval()
-    weights = model.state_dict()
-    assert len(weights) == 61
-    for k, name in enumerate(sorted(weights)):
-        if name.endswith(("A_log", "A_b_log")):
-            continue
-        i = torch.arange(weights[name].numel(), dtype=torch.float64)
-        s = torch.sin(12.9898 * i + 78.233 * k) * 43758.5453
-        value = 0.6 * (s - s.floor() - 0.5) + ("norm" in name and name.endswith("weight"))
-        weights[name].copy_(value.view_as(weights[name]))
-    return model
-
-
-def wave(*shape):
-    return torch.sin(0.01 * torch.arange(torch.Size(shape).numel(), dtype=torch.float64)).float().view(shape)
+    model = create_model("endomamba", img_size=32, embed_dim=32, depth=4, num_classes=3, backend=backend)
+    assert len(model.state_dict()) == 61
+    return published_fill(model, kept=("A_log", "A_b_log"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
