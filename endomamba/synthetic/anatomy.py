@@ -17,7 +17,7 @@ STEPS = 512
 BEFORE, BEYOND = 1.5, 3.0  # the tables reach from -BEFORE to length + BEYOND
 CAECUM = 1.2  # the closed end begins here, so far behind `length`, and is round
 TEXTURE = 1024  # texels around the colon; the texture repeats after 2 pi radii along it
-ROWS = 7  # of the tables: x and y of the centre, then the radius as 1, cos, sin, cos 3, sin 3 of theta
+LOW_FOLD = 0.15  # a lower one is no landmark
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,7 @@ class Anatomy:
         end = length + CAECUM
         closing = np.sqrt(np.clip(1 - np.clip((self._s - end) / 1.0, 0, None) ** 2, 0, None))
         radius[0] -= 1.3 * (1 - closing)
+        # Rows: x and y of the centre, then the radius as 1, cos, sin, cos 3, sin 3 of theta.
         self.table = np.ascontiguousarray([*self.centre(self._s), *radius], dtype=np.float32)
 
     def centre(self, s: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
@@ -108,7 +109,7 @@ def _polyps(params: Params, rng: np.random.Generator, length: float, visited: in
 def _folds(
     params: Params, rng: np.random.Generator, s: np.ndarray, polyps: tuple[Polyp, ...]
 ) -> tuple[list[tuple[float, float]], np.ndarray]:
-    """-> (s, theta) of every fold's highest point, and (5, n), the radius as a Fourier series in theta."""
+    """-> (s, theta) of the highest side of every fold that is not low, and (5, n), the radius as a Fourier series in theta."""
     radius = np.zeros((5, len(s)))
     tri, phase = uniform(rng, params.triangularity), 2 * np.pi * rng.random()
     radius[0] = 1 + 0.05 * np.sin(2.1 * s + 6 * rng.random())
@@ -118,16 +119,17 @@ def _folds(
     while where < s[-1]:
         where += uniform(rng, params.fold_spacing)
         height, width = uniform(rng, params.fold_height), uniform(rng, params.fold_width)
-        theta, lean = 2 * np.pi * rng.random(), 0.2 + 0.5 * rng.random()
+        theta, lean = 2 * np.pi * rng.random(), 0.2 + 0.35 * rng.random()
         for polyp in polyps:  # a fold just in front of a polyp would hide it
             height *= 1 - 0.85 * np.exp(-(((where - polyp.s + 0.35) / 0.6) ** 2))
         x = np.abs(s - where) / width
         ridge = height * (0.75 * np.exp(-(x**1.6)) + 0.25 / (1 + (x / 2.2) ** 2))
         for row, weight in enumerate((0.60, lean * np.cos(theta), lean * np.sin(theta))):
             radius[row] -= weight * ridge
-        radius[3] -= 0.30 * ridge * np.cos(phase)
-        radius[4] -= 0.30 * ridge * np.sin(phase)
-        folds.append((float(where), theta))
+        radius[3] -= 0.25 * ridge * np.cos(phase)
+        radius[4] -= 0.25 * ridge * np.sin(phase)
+        if height > LOW_FOLD:
+            folds.append((float(where), theta))
     return folds, radius
 
 
@@ -143,7 +145,7 @@ def make_texture(params: Params, rng: np.random.Generator) -> np.ndarray:
     k = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None, :]) * size  # waves around the colon
     mottle = _noise(rng, k, lambda k: k / (1 + (k / 7) ** 3))
     grain = _noise(rng, k, lambda k: np.exp(-(((k - 130) / 60) ** 2)))
-    relief = _noise(rng, k, lambda k: k / (1 + (k / 16) ** 3.4)) + 0.06 * _noise(
+    relief = _noise(rng, k, lambda k: k / (1 + (k / 12) ** 3.4)) + 0.06 * _noise(
         rng, k, lambda k: np.exp(-(((k - 150) / 60) ** 2))
     )
     tone = uniform(rng, params.mottle) * mottle + uniform(rng, params.grain) * grain

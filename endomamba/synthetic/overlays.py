@@ -11,7 +11,7 @@ from .scene import Scene
 
 PORT = (0.30, 0.26, 0.10)  # where a tool leaves the endoscope, in the camera's coordinates
 SHAFT = 0.050  # radius of a tool's sheath
-SHEATH, METAL = (0.62, 0.66, 0.74), (0.42, 0.43, 0.44)
+SHEATH, METAL = (0.62, 0.66, 0.74), (0.55, 0.56, 0.58)
 
 
 def scatter_bubbles(params: Params, rng: np.random.Generator, anatomy: Anatomy) -> np.ndarray:
@@ -22,7 +22,7 @@ def scatter_bubbles(params: Params, rng: np.random.Generator, anatomy: Anatomy) 
         s, theta = anatomy.length * rng.random(), 2 * np.pi * rng.random()
         for _ in range(round(foam * params.bubbles * rng.random() ** 2)):
             spread = rng.random() ** 0.7 * 0.5, 2 * np.pi * rng.random()
-            radius = 0.012 + 0.035 * rng.random() ** 3
+            radius = 0.015 + 0.045 * rng.random() ** 3
             place = anatomy.wall(s + spread[0] * np.cos(spread[1]), theta + spread[0] * np.sin(spread[1]), radius)
             bubbles.append([*place, radius])
     return np.array(bubbles).reshape(-1, 4)
@@ -85,7 +85,7 @@ def draw_tool(
             turn = np.linspace(0, 2 * np.pi, 15)[:, None]
             lift = np.cross(way, across)
             loop = tip + 0.5 * out * way + out * (0.75 * np.cos(turn) * way + np.sin(turn) * (0.8 * across + 0.3 * lift))
-            stroke(loop, 0.011, METAL)
+            stroke(loop, 0.016, METAL)
         stroke(_line(port, tip - 0.10 * way - 0.25 * out * way, 6), SHAFT, SHEATH)
     x, y = scene.lens.pixels(tip[None])[0]
     return cover, (float(x), float(y))

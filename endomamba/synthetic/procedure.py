@@ -186,7 +186,7 @@ def _script(
     script.append(("caecum", "hover", None, caecum, anatomy.length))
     depth, legs = anatomy.length, []
     for index in sorted((i for i, p in enumerate(anatomy.polyps) if p.visited), key=lambda i: -anatomy.polyps[i].s):
-        goal = min(depth, anatomy.polyps[index].s - 0.75 - 0.4 * rng.random())
+        goal = min(depth, anatomy.polyps[index].s - 0.7 - 0.35 * rng.random())
         legs.append((depth, goal, index))
         depth = goal
     legs.append((depth, 0.0, None))

@@ -17,21 +17,26 @@ from .procedure import Procedure, View
 from .scene import Lens, Scene
 
 SIGHT = 4.2  # what is farther away is too dark and small to be called visible
+SPECK = 24  # a polyp of fewer pixels, in a picture of 224, counts as not visible
+CREASE = np.float32(0.22)  # how far from the surface nearness of another part of it counts as shadow
 SPARE = 64  # pixels by which the sheet of sensor noise is larger than a frame
-BLOOD = (0.30, 0.006, 0.008)
-FIBRIN = (0.95, 0.62, 0.42)  # the pale ground of a fresh wound
+BLOOD = (0.34, 0.004, 0.006)
+FIBRIN = (1.0, 0.52, 0.38)  # the pale ground of a fresh wound
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
     """rgb: (h, w, 3) uint8.  polyps: (h, w) uint8, 0 or 1 + the index of the polyp that is seen there.
 
-    distance: (h, w) float32, from the camera, in radii.  tool_tip: (x, y) in pixels where a tool's tip is seen, or None.
+    distance: (h, w) float32, from the camera to the wall or a polyp, in radii.  opening: (h, w) bool, where the
+    black frame lets it through; clear: and no tool covers it.  tool_tip: its pixel, x first, inside the picture or not; None without a tool.
     """
 
     rgb: np.ndarray
     polyps: np.ndarray
     distance: np.ndarray
+    clear: np.ndarray
+    opening: np.ndarray
     tool_tip: tuple[float, float] | None
     scene: Scene
 
@@ -71,10 +76,11 @@ class Renderer:
         polyps = np.zeros((self.size, self.size), np.uint8)
         for i, overlap in zip(scene.polyps, overlaps):
             polyps[(overlap > 0) & (fields[0] < SIGHT)] = 1 + i
-        polyps *= self.open
-        if cover is not None:
-            polyps[cover] = 0
-        return Picture(self._develop(view, rgb), polyps, fields[0], tip, scene)
+        clear = self.open if cover is None else self.open & ~cover
+        polyps *= clear
+        seen = np.bincount(polyps.ravel(), minlength=256)
+        polyps[(seen < SPECK * (self.size / 224) ** 2)[polyps]] = 0
+        return Picture(self._develop(view, rgb), polyps, fields[0], clear, self.open, tip, scene)
 
     def _surface(self, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
         """-> fields (7, n): distance, facing, ray along e_theta and s, cos and sin of theta, place along the texture;
@@ -83,13 +89,18 @@ class Renderer:
         t = scene.march(rays)
         p = rays * t + scene.eye.astype(np.float32)[:, None]
         wall, c, s, r = scene.wall(p)
-        facing = np.maximum(-(scene.normals(p) * rays).sum(0), np.float32(0.12))  # a grazed edge is not black
+        normals = scene.normals(p)
+        facing = np.maximum(-(normals * rays).sum(0), np.float32(0.12))  # a grazed edge is not black
+        crease = np.clip(scene.distance(p + CREASE * normals) / CREASE, 0, 1)  # 1 on the open wall, less in a fold's foot
+        facing *= np.float32(0.45) + np.float32(0.55) * crease
         fields = np.stack([t, facing, s * rays[0] - c * rays[1], -rays[2], c, s, p[2] - r])
         lumps = np.stack([wall, *scene.lumps(p)])
         overlaps = np.zeros((len(lumps) - 1, len(t)), np.float32)
         for i in range(1, len(lumps)):
             rest = np.minimum.reduce([lumps[j] for j in range(len(lumps)) if j != i])
             np.clip(rest - lumps[i], -0.05, 0.05, out=overlaps[i - 1])
+            inside = np.flatnonzero(overlaps[i - 1] > 0)
+            fields[4:, inside] = scene.chart(i - 1, p[:, inside])
         return fields, overlaps
 
     def _shade(
@@ -111,7 +122,7 @@ class Renderer:
         y = (texel[..., 3].astype(np.float32) - 128) * bump
         facing = (facing + x * around + y * along) * (1 - np.float32(0.5) * (x * x + y * y))
         np.clip(facing, 0, 1, out=facing)
-        fall = exposure / (np.float32(0.12) + t * t)
+        fall = exposure * _fall(t)
         light = fall * (np.float32(0.08) + np.float32(0.92) * facing) * (1 + tone)
         gloss = facing**2
         for _ in range(3):
@@ -119,7 +130,7 @@ class Renderer:
         sharp = gloss**2
         for _ in range(2):
             sharp *= sharp
-        gleam = (np.float32(0.05) * gloss + np.float32(0.8) * sharp) * fall * self.wetness
+        gleam = (np.float32(0.035) * gloss + np.float32(1.0) * sharp) * fall * self.wetness
         rgb = np.empty((3, *t.shape), np.float32)
         for i in range(3):
             rgb[i] = self.mucosa[i] + vessels * (self.vessel[i] - self.mucosa[i])
@@ -150,10 +161,10 @@ class Renderer:
         d = np.sqrt(side * side + away * away) + np.float32(0.35) * tone
         size = polyp.radius * (0.45 if polyp.stalk else 0.7)
         ground = np.clip((size - d) * 16 + np.float32(0.5), 0, 1)
-        spread = np.clip((size * (0.75 + 1.3 * blood) - d) * 9, 0, 1) * np.float32(min(1.0, 1.2 * blood))
-        spread *= np.clip(np.float32(0.75) + 2.5 * tone, 0.25, 1)
+        spread = np.clip((size * (0.75 + 1.3 * blood) - d) * 9, 0, 1) * np.float32(min(0.97, 1.6 * blood))
+        spread *= np.clip(np.float32(1.2) + 3 * tone, 0.4, 1)
         for i in range(3):
-            rgb[i] += ground * (np.float32(FIBRIN[i]) - rgb[i])
+            rgb[i] += np.float32(0.6) * ground * (np.float32(FIBRIN[i]) - rgb[i])
             rgb[i] += spread * (np.float32(BLOOD[i]) - rgb[i])
 
     def _develop(self, view: View, rgb: np.ndarray) -> np.ndarray:
@@ -170,11 +181,16 @@ class Renderer:
         return out.astype(np.uint8)
 
 
+def _fall(t: np.ndarray) -> np.ndarray:
+    """Light at a distance: the inverse square, blunt close to the lamp, and some more for what the air and lens swallow."""
+    return 1 / (np.float32(0.12) + t * t * (1 + np.float32(0.14) * t))
+
+
 def _exposure(fields: np.ndarray) -> np.float32:
     """What the camera's automatic exposure would choose: a set mean brightness of the lit part."""
     t, facing = fields[:2]
-    light = (np.float32(0.08) + np.float32(0.92) * facing) / (np.float32(0.12) + t * t)
-    return np.float32(0.46) / (light / (np.float32(0.6) + light)).mean()
+    light = (np.float32(0.08) + np.float32(0.92) * facing) * _fall(t)
+    return np.float32(0.58) / (light / (np.float32(0.6) + light)).mean()
 
 
 def _smear(rgb: np.ndarray, dx: int, dy: int) -> np.ndarray:

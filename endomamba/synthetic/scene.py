@@ -93,6 +93,14 @@ class Scene:
         """Distances to each of `polyps`."""
         return [shape.distance(p) for shape in self._shapes]
 
+    def chart(self, k: int, p: np.ndarray) -> np.ndarray:
+        """Texture coordinates on the k-th of `polyps`, which the wall's would stretch: (3, n), cos, sin of theta, v."""
+        shape = self._shapes[k]
+        v = p - shape.base[:, None]
+        up = shape.axis[0] * v[0] + shape.axis[1] * v[1]
+        theta = np.float32(shape.polyp.theta) + shape.axis[1] * v[0] - shape.axis[0] * v[1]
+        return np.stack([np.cos(theta), np.sin(theta), p[2] + up])
+
     def distance(self, p: np.ndarray) -> np.ndarray:
         d = self.wall(p)[0]
         for lump in self.lumps(p):
