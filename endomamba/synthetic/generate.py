@@ -29,7 +29,13 @@ class SyntheticVideo:
     """
 
     def __init__(
-        self, variant: str | Params = "base", *, split: str = "train", seed: int = 0, frames: int = 1000, size: int = 224
+        self,
+        variant: str | Params = "base",
+        *,
+        split: str = "train",
+        seed: int = 0,
+        frames: int = 1000,
+        size: int = 224,
     ) -> None:
         self.params = find_variant(variant) if isinstance(variant, str) else variant
         check_split(self.params, split)

@@ -76,7 +76,9 @@ def draw_tool(
     if kind == "forceps":
         gape = 0.10 * (1.1 - view.tool)
         for side in (-1, 1):
-            jaw = np.stack([tip - 0.16 * way, tip - 0.06 * way + side * (0.025 + gape) * across, tip + side * 0.4 * gape * across])
+            jaw = np.stack(
+                [tip - 0.16 * way, tip - 0.06 * way + side * (0.025 + gape) * across, tip + side * 0.4 * gape * across]
+            )
             stroke(jaw, 0.020, METAL)
         stroke(_line(port, tip - 0.14 * way, 6), SHAFT, SHEATH)
     else:
@@ -84,7 +86,9 @@ def draw_tool(
         if out > 0.02:
             turn = np.linspace(0, 2 * np.pi, 15)[:, None]
             lift = np.cross(way, across)
-            loop = tip + 0.5 * out * way + out * (0.75 * np.cos(turn) * way + np.sin(turn) * (0.8 * across + 0.3 * lift))
+            loop = (
+                tip + 0.5 * out * way + out * (0.75 * np.cos(turn) * way + np.sin(turn) * (0.8 * across + 0.3 * lift))
+            )
             stroke(loop, 0.016, METAL)
         stroke(_line(port, tip - 0.10 * way - 0.25 * out * way, 6), SHAFT, SHEATH)
     x, y = scene.lens.pixels(tip[None])[0]
@@ -106,28 +110,31 @@ def _stroke(
 ) -> None:
     """A round rod along points (n, 3) of the camera's coordinates: lit from the camera, with a reflex along it."""
     size = rgb.shape[1]
-    pixels = scene.lens.pixels(points)
-    far = np.sqrt((points**2).sum(1))
-    widths = np.maximum(radius / far * scene.lens.pixels_a_radian, 0.7)
-    for i in range(len(points) - 1):
-        a, b = pixels[i], pixels[i + 1]
-        margin = max(widths[i], widths[i + 1]) + 1
-        left, top = (int(np.clip(low, 0, size)) for low in np.floor(np.minimum(a, b) - margin))
-        right, bottom = (int(np.clip(high, 0, size)) for high in np.ceil(np.maximum(a, b) + margin) + 1)
-        if right <= left or bottom <= top:
-            continue
-        x = (np.arange(left, right, dtype=np.float32) - np.float32(a[0]))[None]
-        y = (np.arange(top, bottom, dtype=np.float32) - np.float32(a[1]))[:, None]
-        dx, dy = np.float32(b - a)
-        u = np.clip((x * dx + y * dy) / np.float32(dx * dx + dy * dy + 1e-6), 0, 1)
-        off = np.sqrt((x - u * dx) ** 2 + (y - u * dy) ** 2)
-        width = np.float32(widths[i]) + u * np.float32(widths[i + 1] - widths[i])
-        alpha = np.clip(width - off + np.float32(0.5), 0, 1)
-        bulge = np.clip(1 - (off / width) ** 2, 0, 1)
-        light = np.float32(exposure) / (np.float32(0.45) + (np.float32(far[i]) + u * np.float32(far[i + 1] - far[i])) ** 2)
-        lit = light * (np.float32(0.25) + np.float32(0.75) * np.sqrt(bulge))
-        reflex = light * np.float32(0.5) * bulge**8
-        for channel in range(3):
-            part = rgb[channel, top:bottom, left:right]
-            part += alpha * (np.float32(colour[channel]) * lit + reflex - part)
-        cover[top:bottom, left:right] |= alpha > 0.5
+    pixels = scene.lens.pixels(points).astype(np.float32)
+    far = np.sqrt((points**2).sum(1)).astype(np.float32)
+    widths = np.maximum(np.float32(radius * scene.lens.pixels_a_radian) / far, np.float32(0.7))
+    margin = widths.max() + 1
+    left, top = (int(np.clip(low, 0, size)) for low in np.floor(pixels.min(0) - margin))
+    right, bottom = (int(np.clip(high, 0, size)) for high in np.ceil(pixels.max(0) + margin) + 1)
+    if right <= left or bottom <= top:
+        return
+    x, y = np.arange(left, right, dtype=np.float32)[None], np.arange(top, bottom, dtype=np.float32)[:, None]
+    # Of the nearest piece: how far a pixel is outside the rod, in pixels, and in widths of the rod; and its distance.
+    outside, across, depth = (np.full((bottom - top, right - left), 1e6, np.float32) for _ in range(3))
+    for a, b, w0, w1, z0, z1 in zip(pixels, pixels[1:], widths, widths[1:], far, far[1:]):
+        dx, dy = b - a
+        u = np.clip(((x - a[0]) * dx + (y - a[1]) * dy) / (dx * dx + dy * dy + np.float32(1e-6)), 0, 1)
+        off, width = np.sqrt((x - a[0] - u * dx) ** 2 + (y - a[1] - u * dy) ** 2), w0 + u * (w1 - w0)
+        nearer = off - width < outside
+        np.copyto(outside, off - width, where=nearer)
+        np.copyto(across, off / width, where=nearer)
+        np.copyto(depth, z0 + u * (z1 - z0), where=nearer)
+    alpha = np.clip(np.float32(0.5) - outside, 0, 1)
+    bulge = np.clip(1 - across * across, 0, 1)
+    light = exposure / (np.float32(0.45) + depth * depth)
+    lit = light * (np.float32(0.25) + np.float32(0.75) * np.sqrt(bulge))
+    reflex = light * np.float32(0.5) * bulge**8
+    for channel in range(3):
+        part = rgb[channel, top:bottom, left:right]
+        part += alpha * (np.float32(colour[channel]) * lit + reflex - part)
+    cover[top:bottom, left:right] |= alpha > 0.5

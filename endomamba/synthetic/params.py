@@ -72,7 +72,9 @@ class Params:
 
     def __post_init__(self) -> None:
         if self.variant in VARIANTS and VARIANTS[self.variant] != self:
-            raise ValueError(f"the variant {self.variant!r} is fixed: give changed parameters a variant name of their own")
+            raise ValueError(
+                f"the variant {self.variant!r} is fixed: give changed parameters a variant name of their own"
+            )
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type == "Range" and not 0 <= value[0] <= value[1]:
@@ -125,7 +127,7 @@ _MOTION = {"speed": 0.10, "wander": (0.24, 0.34), "sway": (0.14, 0.22), "wander_
 _POLYPS = {
     "polyp_radius": (0.14, 0.24),
     "polyp_weights": (0.2, 0.2, 0.6),
-    "polyp_tint": (0.98, 0.95, 0.92),
+    "polyp_tint": (1.04, 0.88, 0.66),
     "polyp_lobes": (0.06, 0.12),
 }
 _variant("other-textures", held_out=True, **_TEXTURES)

@@ -34,7 +34,11 @@ PHASES = (
     "resection",
     "stump_check",
 )
-SAME_LOOKS = (("insertion", "withdrawal", "hover"), ("inspection", "reassessment", "look"), ("biopsy", "resection", "treat"))
+SAME_LOOKS = (
+    ("insertion", "withdrawal", "hover"),
+    ("inspection", "reassessment", "look"),
+    ("biopsy", "resection", "treat"),
+)
 MOTIFS = ("travel", "hover", "reach", "look", "treat", "leave")
 TOOLS = ("forceps", "snare")
 REACH = 16.0  # frames in which the camera turns to a polyp, or away from it

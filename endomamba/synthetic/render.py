@@ -86,21 +86,23 @@ class Renderer:
         """-> fields (7, n): distance, facing, ray along e_theta and s, cos and sin of theta, place along the texture;
         overlaps (polyps, n): above 0 where the polyp lies over everything else."""
         rays = scene.aim(self.rays)
-        t = scene.march(rays)
+        near = scene.near_polyps(rays)
+        t = scene.march(rays, near)
+        near = np.flatnonzero(near)
         p = rays * t + scene.eye.astype(np.float32)[:, None]
         wall, c, s, r = scene.wall(p)
-        normals = scene.normals(p)
+        normals = scene.normals(p, near)
         facing = np.maximum(-(normals * rays).sum(0), np.float32(0.12))  # a grazed edge is not black
-        crease = np.clip(scene.distance(p + CREASE * normals) / CREASE, 0, 1)  # 1 on the open wall, less in a fold's foot
+        crease = np.clip(scene.distance(p + CREASE * normals, near) / CREASE, 0, 1)  # less than 1 at the foot of a fold
         facing *= np.float32(0.45) + np.float32(0.55) * crease
         fields = np.stack([t, facing, s * rays[0] - c * rays[1], -rays[2], c, s, p[2] - r])
-        lumps = np.stack([wall, *scene.lumps(p)])
-        overlaps = np.zeros((len(lumps) - 1, len(t)), np.float32)
-        for i in range(1, len(lumps)):
-            rest = np.minimum.reduce([lumps[j] for j in range(len(lumps)) if j != i])
-            np.clip(rest - lumps[i], -0.05, 0.05, out=overlaps[i - 1])
-            inside = np.flatnonzero(overlaps[i - 1] > 0)
-            fields[4:, inside] = scene.chart(i - 1, p[:, inside])
+        lumps = [wall[near], *scene.lumps(p[:, near])]
+        overlaps = np.full((len(scene.polyps), len(t)), -0.05, np.float32)
+        for k, overlap in enumerate(overlaps):
+            rest = np.minimum.reduce([lump for j, lump in enumerate(lumps) if j != k + 1])
+            overlap[near] = np.clip(rest - lumps[k + 1], -0.05, 0.05)
+            inside = np.flatnonzero(overlap > 0)
+            fields[4:, inside] = scene.chart(k, p[:, inside])
         return fields, overlaps
 
     def _shade(
@@ -128,9 +130,11 @@ class Renderer:
         for _ in range(3):
             gloss *= gloss
         sharp = gloss**2
-        for _ in range(2):
+        for _ in range(3):
             sharp *= sharp
-        gleam = (np.float32(0.035) * gloss + np.float32(1.0) * sharp) * fall * self.wetness
+        gleam = (
+            (np.float32(0.05) * gloss + np.float32(1.5) * sharp) * (fall / (1 + np.float32(0.4) * fall)) * self.wetness
+        )
         rgb = np.empty((3, *t.shape), np.float32)
         for i in range(3):
             rgb[i] = self.mucosa[i] + vessels * (self.vessel[i] - self.mucosa[i])
@@ -173,6 +177,7 @@ class Renderer:
         np.exp(rgb, out=rgb)
         np.subtract(1, rgb, out=rgb)
         np.sqrt(rgb, out=rgb)
+        rgb *= np.float32(0.58) + np.float32(0.42) * rgb  # a camera's contrast: the far lumen sinks into the dark
         rgb = _smear(rgb, *(round(shake * self.size / 224 / 2) for shake in view.shake))
         rgb *= 255 * self.opening
         top, left = view.grain % SPARE, view.grain // SPARE % SPARE
@@ -190,7 +195,7 @@ def _exposure(fields: np.ndarray) -> np.float32:
     """What the camera's automatic exposure would choose: a set mean brightness of the lit part."""
     t, facing = fields[:2]
     light = (np.float32(0.08) + np.float32(0.92) * facing) * _fall(t)
-    return np.float32(0.58) / (light / (np.float32(0.6) + light)).mean()
+    return np.float32(0.68) / (light / (np.float32(0.6) + light)).mean()
 
 
 def _smear(rgb: np.ndarray, dx: int, dy: int) -> np.ndarray:

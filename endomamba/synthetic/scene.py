@@ -63,12 +63,17 @@ class Scene:
     def to_camera(self, points: np.ndarray) -> np.ndarray:
         """World points (n, 3) -> the camera's coordinates; the inverse of `aim` and the eye."""
         v = np.asarray(points, float) - self.eye
-        return np.stack([v[:, 0] - v[:, 2] * self.heading[0], v[:, 1] - v[:, 2] * self.heading[1], v[:, 2]], 1) @ self.rotation
+        return (
+            np.stack([v[:, 0] - v[:, 2] * self.heading[0], v[:, 1] - v[:, 2] * self.heading[1], v[:, 2]], 1)
+            @ self.rotation
+        )
 
     def to_world(self, points: np.ndarray) -> np.ndarray:
         """The camera's coordinates (n, 3) -> world points."""
         v = np.asarray(points, float) @ self.rotation.T
-        return self.eye + np.stack([v[:, 0] + v[:, 2] * self.heading[0], v[:, 1] + v[:, 2] * self.heading[1], v[:, 2]], 1)
+        return self.eye + np.stack(
+            [v[:, 0] + v[:, 2] * self.heading[0], v[:, 1] + v[:, 2] * self.heading[1], v[:, 2]], 1
+        )
 
     def project(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """World points (n, 3) -> pixels (n, 2), x first, and distances from the eye (n,)."""
@@ -93,6 +98,15 @@ class Scene:
         """Distances to each of `polyps`."""
         return [shape.distance(p) for shape in self._shapes]
 
+    def near_polyps(self, rays: np.ndarray) -> np.ndarray:
+        """(n,) bool: the rays that come close to a polyp; the others need not ask for its distance."""
+        near = np.zeros(rays.shape[1], bool)
+        for shape in self._shapes:
+            v = (shape.middle - self.eye).astype(np.float32)
+            along = v[0] * rays[0] + v[1] * rays[1] + v[2] * rays[2]
+            near |= (v * v).sum() - along * np.abs(along) < shape.reach**2
+        return near
+
     def chart(self, k: int, p: np.ndarray) -> np.ndarray:
         """Texture coordinates on the k-th of `polyps`, which the wall's would stretch: (3, n), cos, sin of theta, v."""
         shape = self._shapes[k]
@@ -101,23 +115,28 @@ class Scene:
         theta = np.float32(shape.polyp.theta) + shape.axis[1] * v[0] - shape.axis[0] * v[1]
         return np.stack([np.cos(theta), np.sin(theta), p[2] + up])
 
-    def distance(self, p: np.ndarray) -> np.ndarray:
+    def distance(self, p: np.ndarray, near: np.ndarray) -> np.ndarray:
+        """From p to wall and polyps; near: the indices of the points for which polyps matter."""
         d = self.wall(p)[0]
-        for lump in self.lumps(p):
-            h = (lump - d) * (np.float32(0.5) / BLEND) + np.float32(0.5)
+        if not len(near):
+            return d
+        some, nearest = p[:, near], d[near]
+        for lump in self.lumps(some):
+            h = (lump - nearest) * (np.float32(0.5) / BLEND) + np.float32(0.5)
             np.clip(h, 0, 1, out=h)
-            d = lump + (d - lump) * h - BLEND * (h * (1 - h))
+            nearest = lump + (nearest - lump) * h - BLEND * (h * (1 - h))
+        d[near] = nearest
         return d
 
-    def march(self, rays: np.ndarray) -> np.ndarray:
-        """World directions (3, n) -> how far each goes until it meets something, at most FAR."""
+    def march(self, rays: np.ndarray, near: np.ndarray) -> np.ndarray:
+        """World directions (3, n), near_polyps of them -> how far each goes until it meets something, at most FAR."""
         t = np.full(rays.shape[1], 0.05, np.float32)
         left = np.arange(rays.shape[1])
         eye = self.eye.astype(np.float32)[:, None]
         for steps in ROUNDS:
-            some, way = rays[:, left], t[left]
+            some, way, close = rays[:, left], t[left], np.flatnonzero(near[left])
             for _ in range(steps):
-                gap = self.distance(some * way + eye)
+                gap = self.distance(some * way + eye, close)
                 way += STRIDE * gap
                 np.minimum(way, FAR, out=way)
             t[left] = way
@@ -126,15 +145,15 @@ class Scene:
                 break
         return t
 
-    def normals(self, p: np.ndarray) -> np.ndarray:
+    def normals(self, p: np.ndarray, near: np.ndarray) -> np.ndarray:
         """Unit vectors away from the surface at p, by forward differences."""
-        here = self.distance(p)
+        here = self.distance(p, near)
         step = np.float32(0.012)
         normal = np.empty_like(p)
         for axis in range(3):
             moved = p.copy()
             moved[axis] += step
-            np.subtract(self.distance(moved), here, out=normal[axis])
+            np.subtract(self.distance(moved, near), here, out=normal[axis])
         for shape in self._shapes:
             shape.roughen(p, normal, step)
         normal /= np.sqrt((normal * normal).sum(0)) + np.float32(1e-9)
@@ -151,6 +170,8 @@ class _Shape:
         lift = polyp.stalk + polyp.height if polyp.stalk else 0.15 * polyp.height
         self.centre = self.base + np.float32(lift) * self.axis
         self.centre[2] -= np.float32(0.5 * polyp.stalk)  # a stalk hangs towards the camera
+        self.middle = 0.5 * (self.base + self.centre)  # of a sphere that holds the polyp and what flows into it
+        self.reach = float(np.sqrt(((self.centre - self.base) ** 2).sum()) / 2 + polyp.radius + 0.1)
         r, h = np.float32(polyp.radius), np.float32(polyp.height)
         self._r2, self._h2, self._r4, self._h4 = 1 / r**2, 1 / h**2, 1 / r**4, 1 / h**4
         self._stalk = self.centre - self.base

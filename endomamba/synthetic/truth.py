@@ -197,7 +197,9 @@ def load_truth(path: str | os.PathLike, start: int = 0, stop: int | None = None)
         time=np.array([row["time"] for row in rows]),
         phase=np.array([PHASES.index(row["phase"]) for row in rows], np.int64),
         motif=tuple(row["motif"] for row in rows),
-        landmarks=np.array([[[v, x, y] if v else [0, np.nan, np.nan] for v, x, y in row["landmarks"]] for row in rows], np.float32),
+        landmarks=np.array(
+            [[[v, x, y] if v else [0, np.nan, np.nan] for v, x, y in row["landmarks"]] for row in rows], np.float32
+        ),
         depth=np.array([row["depth"] for row in rows], np.float32),
         position=np.array([row["position"] for row in rows], np.float32),
         polyps=tuple(row["polyps"] for row in rows),
@@ -212,7 +214,9 @@ def _header(path: Path, line: str) -> dict[str, Any]:
     if not isinstance(header, dict) or header.get("kind") != KIND:
         raise TruthError(f"{path} is not a truth file: its first line must be a header of kind {KIND!r}")
     if header.get("generator") != VERSION:
-        raise TruthError(f"{path} is of generator version {header.get('generator')}, this is version {VERSION}: make it again")
+        raise TruthError(
+            f"{path} is of generator version {header.get('generator')}, this is version {VERSION}: make it again"
+        )
     wanted = {"hash", "variant", "split", "seed", "size", "frames", "fps", "params", "phases", "landmarks"}
     if wanted - header.keys():
         raise TruthError(f"{path}: its header lacks {', '.join(sorted(wanted - header.keys()))}")
