@@ -36,7 +36,7 @@ EXIT_CODES = """exit codes:
 """
 
 SYNTH_NOTES = """files:
-  DIR/VARIANT-SPLIT-SEED.mp4            the video; its comment names generator, hash of the parameters, variant, split, seed
+  DIR/VARIANT-SPLIT-SEED.mp4            the video; its comment names variant, split, seed, hash of the parameters
   DIR/VARIANT-SPLIT-SEED.truth.jsonl    a header, then one line a frame: phase, polyps, landmarks, camera
   Both get these names when they are complete, the truth last; a run that is stopped leaves whole videos only.
 """

@@ -109,7 +109,7 @@ def _polyps(params: Params, rng: np.random.Generator, length: float, visited: in
 def _folds(
     params: Params, rng: np.random.Generator, s: np.ndarray, polyps: tuple[Polyp, ...]
 ) -> tuple[list[tuple[float, float]], np.ndarray]:
-    """-> (s, theta) of the highest side of every fold that is not low, and (5, n), the radius as a Fourier series in theta."""
+    """-> (s, theta) of every fold's highest side, and (5, n), the radius as a Fourier series in theta."""
     radius = np.zeros((5, len(s)))
     tri, phase = uniform(rng, params.triangularity), 2 * np.pi * rng.random()
     radius[0] = 1 + 0.05 * np.sin(2.1 * s + 6 * rng.random())

@@ -72,9 +72,7 @@ class Params:
 
     def __post_init__(self) -> None:
         if self.variant in VARIANTS and VARIANTS[self.variant] != self:
-            raise ValueError(
-                f"the variant {self.variant!r} is fixed: give changed parameters a variant name of their own"
-            )
+            raise ValueError(f"the variant {self.variant!r} is fixed: changed parameters need a name of their own")
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type == "Range" and not 0 <= value[0] <= value[1]:
@@ -143,8 +141,8 @@ def uniform(rng: np.random.Generator, bounds: Range) -> float:
 def generator(params: Params, split: str, seed: int, stream: str) -> np.random.Generator:
     """Random numbers for one purpose (`stream`) of one video.
 
-    The stream is keyed by sha256 of a text that names variant, split and seed, so videos of different splits or variants
-    share no numbers whatever their seeds.  Only `random` and `integers` are drawn from it: the others change with numpy.
+    The stream is keyed by sha256 of a text that names variant, split and seed, so videos of different splits or
+    variants share no numbers whatever their seeds.  Only its plainest methods are used, `random` and `integers`.
     """
     key = f"endomamba synthetic {VERSION} {params.variant} {split} {seed} {stream}"
     return np.random.Generator(np.random.PCG64(int.from_bytes(hashlib.sha256(key.encode()).digest(), "little")))

@@ -3,16 +3,16 @@
     procedure  ::=  insertion caecum withdrawal (visit withdrawal)*
     visit      ::=  inspection [biopsy reassessment [resection stump_check]]
 
-A frame is drawn from its `View` alone, and no View holds a phase.  Three pairs of phases have Views of one distribution;
-what tells them apart is only what came before, often hundreds of frames before:
+A frame is drawn from its `View` alone, and no View holds a phase.  Three pairs of phases (SAME_LOOKS) have Views of one
+distribution; what tells them apart is only what came before, often hundreds of frames before:
 
     insertion, withdrawal       while the camera hovers (motif "hover"): was the caecum seen already?  (Single frames of
                                 "travel" do not tell either, but motion does.)
     inspection, reassessment    a camera holding still before a polyp (motif "look"): was a tool used on it already?
     biopsy, resection           a tool at a polyp (motif "treat"): is it the first tool used there, or the second?
 
-Biopsies leave no trace; a resection does, when it is over: the polyp is gone and its stump bleeds.  A stump in sight says
-therefore that this is not insertion.
+Biopsies leave no trace; a resection does, when it is over: the polyp is gone and its stump bleeds.  A stump in sight
+says therefore that this is not insertion.
 """
 
 from __future__ import annotations

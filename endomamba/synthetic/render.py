@@ -1,7 +1,7 @@
 """Draws one frame: geometry on a half-resolution grid (scene.py), colour and light at full size.
 
-Colour and fine relief are looked up in a texture that repeats along the colon.  Light comes from the tip of the endoscope
-and falls off with the distance; the wet surface throws it back where it faces the camera.
+Colour and fine relief are looked up in a texture that repeats along the colon.  Light comes from the tip of the
+endoscope and falls off with the distance; the wet surface throws it back where it faces the camera.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ FIBRIN = (1.0, 0.52, 0.38)  # the pale ground of a fresh wound
 class Picture:
     """rgb: (h, w, 3) uint8.  polyps: (h, w) uint8, 0 or 1 + the index of the polyp that is seen there.
 
-    distance: (h, w) float32, from the camera to the wall or a polyp, in radii.  opening: (h, w) bool, where the
-    black frame lets it through; clear: and no tool covers it.  tool_tip: its pixel, x first, inside the picture or not; None without a tool.
+    distance: (h, w) float32, from the camera to the wall or a polyp, in radii.  opening: (h, w) bool, inside the black
+    frame; clear: and no tool covers it.  tool_tip: its pixel, x first, inside the picture or not; None without a tool.
     """
 
     rgb: np.ndarray
@@ -132,9 +132,8 @@ class Renderer:
         sharp = gloss**2
         for _ in range(3):
             sharp *= sharp
-        gleam = (
-            (np.float32(0.05) * gloss + np.float32(1.5) * sharp) * (fall / (1 + np.float32(0.4) * fall)) * self.wetness
-        )
+        gleam = (np.float32(0.05) * gloss + np.float32(1.5) * sharp) * (fall / (1 + np.float32(0.4) * fall))
+        gleam *= self.wetness
         rgb = np.empty((3, *t.shape), np.float32)
         for i in range(3):
             rgb[i] = self.mucosa[i] + vessels * (self.vessel[i] - self.mucosa[i])
@@ -187,7 +186,7 @@ class Renderer:
 
 
 def _fall(t: np.ndarray) -> np.ndarray:
-    """Light at a distance: the inverse square, blunt close to the lamp, and some more for what the air and lens swallow."""
+    """Light at a distance: the inverse square, blunt close to the lamp, a little steeper far away."""
     return 1 / (np.float32(0.12) + t * t * (1 + np.float32(0.14) * t))
 
 

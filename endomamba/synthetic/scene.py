@@ -1,7 +1,7 @@
 """The geometry of one frame: a signed distance, rays that march to where it is zero, and the lens that aims them.
 
-The distance is that of the wall (bends and folds included) and of the polyps, joined by a smooth minimum, so that a polyp
-grows out of the mucosa.  Arrays of points are (3, n), float32.
+The distance is that of the wall (bends and folds included) and of the polyps, joined by a smooth minimum, so that a
+polyp grows out of the mucosa (https://iquilezles.org/articles/smin).  Arrays of points are (3, n), float32.
 """
 
 from __future__ import annotations
@@ -63,17 +63,8 @@ class Scene:
     def to_camera(self, points: np.ndarray) -> np.ndarray:
         """World points (n, 3) -> the camera's coordinates; the inverse of `aim` and the eye."""
         v = np.asarray(points, float) - self.eye
-        return (
-            np.stack([v[:, 0] - v[:, 2] * self.heading[0], v[:, 1] - v[:, 2] * self.heading[1], v[:, 2]], 1)
-            @ self.rotation
-        )
-
-    def to_world(self, points: np.ndarray) -> np.ndarray:
-        """The camera's coordinates (n, 3) -> world points."""
-        v = np.asarray(points, float) @ self.rotation.T
-        return self.eye + np.stack(
-            [v[:, 0] + v[:, 2] * self.heading[0], v[:, 1] + v[:, 2] * self.heading[1], v[:, 2]], 1
-        )
+        x, y = v[:, 0] - v[:, 2] * self.heading[0], v[:, 1] - v[:, 2] * self.heading[1]
+        return np.stack([x, y, v[:, 2]], 1) @ self.rotation
 
     def project(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """World points (n, 3) -> pixels (n, 2), x first, and distances from the eye (n,)."""

@@ -1,16 +1,16 @@
 """What is true of each frame, as a text file beside the video: a header, then one JSON line a frame.
 
-    {"kind": "endomamba synthetic truth", "generator": 1, "hash": ..., "variant": "base", "split": "train", "seed": 0, ...}
+    {"kind": "endomamba synthetic truth", "generator": 1, "hash": ..., "variant": "base", "split": "train", ...}
     {"frame": 0, "time": 0.0, "phase": "insertion", "motif": "travel", "depth": 0.01, "position": [x, y, s],
      "polyps": [{"id": 2, "kind": "flat", "box": [x0, y0, x1, y1], "mask": {"size": [h, w], "counts": [...]}}],
      "landmarks": [[visible, x, y], ...]}
 
 Lines, because a clip is read without the rest of the file, and any tool can.  Masks are COCO's run lengths (down the
-columns, zeros first; pycocotools' `frPyObjects` takes them as they are): lossless and about 0.5 kB a polyp, where a mask
-video would need a second decoder kept in step with the first, and PNGs some thousand files.
+columns, zeros first; pycocotools' `frPyObjects` takes them as they are): lossless and about 0.5 kB a polyp, where a
+mask video would need a second decoder kept in step with the first, and PNGs would be some thousand files.
 
-Pixels are counted from the middle of the first one, x to the right; a box ends before x1 and y1.  depth and position are
-in radii of the colon; depth is the distance along it, position (x, y) across it and the depth once more.
+Pixels are counted from the middle of the first one, x to the right; a box ends before x1 and y1.  depth and position
+are in radii of the colon; depth is the distance along it, position (x, y) across it and the depth once more.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class PolypTruth:
 class Truth:
     """Frames start <= t < start + n of one video.
 
-    phase: (n,) int64, indices of PHASES.  motif: of MOTIFS.  time: (n,) seconds.  landmarks: (n, K, 3) float32, visible
-    (0 or 1), x, y, NaN where not visible.  depth: (n,), position: (n, 3) float32.  polyps: for each frame those in view.
+    phase: (n,) int64, indices of PHASES.  motif: of MOTIFS.  time: (n,) seconds.  landmarks: (n, K, 3) float32,
+    visible (0 or 1), x, y, NaN where not visible.  depth: (n,), position: (n, 3) float32.  polyps: of each frame.
     """
 
     header: dict[str, Any]
@@ -101,9 +101,9 @@ def frame_truth(t: int, fps: int, phase: str, motif: str, view: View, picture: P
 def _landmarks(view: View, picture: Picture) -> list[list[float]]:
     """[visible, x, y] for each of LANDMARKS.
 
-    lumen: the farthest point of the centre line that is seen, up to 4 radii ahead.  polyp: the middle of the head of the
-    polyp that fills most of the picture.  stump: of the nearest removed polyp.  fold_1, fold_2: the highest side of the
-    next two folds.
+    lumen: the farthest point of the centre line that is seen, up to 4 radii ahead.  polyp: the middle of the head of
+    the polyp that fills most of the picture.  stump: of the nearest removed polyp.  fold_1, fold_2: the highest side
+    of the next two folds.
     """
     scene = picture.scene
     found: dict[str, tuple[float, float] | None] = dict.fromkeys(LANDMARKS)
@@ -156,8 +156,9 @@ def encode_mask(mask: np.ndarray) -> dict[str, list[int]]:
     """(h, w) bool -> COCO's uncompressed run lengths."""
     flat = np.concatenate([[False], mask.ravel(order="F"), [False]])
     edges = np.flatnonzero(flat[1:] != flat[:-1])
-    counts = np.diff(np.concatenate([[0], edges, [mask.size]] if len(edges) % 2 else [[0], edges, [mask.size]]))
-    counts = counts[:-1] if len(counts) > 1 and counts[-1] == 0 else counts
+    counts = np.diff(np.concatenate([[0], edges, [mask.size]]))
+    if len(edges) and edges[-1] == mask.size:
+        counts = counts[:-1]
     return {"size": [int(n) for n in mask.shape], "counts": [int(n) for n in counts]}
 
 
@@ -197,13 +198,18 @@ def load_truth(path: str | os.PathLike, start: int = 0, stop: int | None = None)
         time=np.array([row["time"] for row in rows]),
         phase=np.array([PHASES.index(row["phase"]) for row in rows], np.int64),
         motif=tuple(row["motif"] for row in rows),
-        landmarks=np.array(
-            [[[v, x, y] if v else [0, np.nan, np.nan] for v, x, y in row["landmarks"]] for row in rows], np.float32
-        ),
+        landmarks=_hide([row["landmarks"] for row in rows]),
         depth=np.array([row["depth"] for row in rows], np.float32),
         position=np.array([row["position"] for row in rows], np.float32),
         polyps=tuple(row["polyps"] for row in rows),
     )
+
+
+def _hide(landmarks: list) -> np.ndarray:
+    """Where a landmark is not visible its place is NaN, so that nobody learns from it by mistake."""
+    out = np.array(landmarks, np.float32)
+    out[..., 1:][out[..., 0] == 0] = np.nan
+    return out
 
 
 def _header(path: Path, line: str) -> dict[str, Any]:
@@ -214,9 +220,8 @@ def _header(path: Path, line: str) -> dict[str, Any]:
     if not isinstance(header, dict) or header.get("kind") != KIND:
         raise TruthError(f"{path} is not a truth file: its first line must be a header of kind {KIND!r}")
     if header.get("generator") != VERSION:
-        raise TruthError(
-            f"{path} is of generator version {header.get('generator')}, this is version {VERSION}: make it again"
-        )
+        theirs = header.get("generator")
+        raise TruthError(f"{path} is of generator version {theirs}, this is version {VERSION}: make it again")
     wanted = {"hash", "variant", "split", "seed", "size", "frames", "fps", "params", "phases", "landmarks"}
     if wanted - header.keys():
         raise TruthError(f"{path}: its header lacks {', '.join(sorted(wanted - header.keys()))}")
