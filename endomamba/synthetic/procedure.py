@@ -186,6 +186,7 @@ def _script(
     rng: np.random.Generator, anatomy: Anatomy, visits: list, insertion: float, caecum: float, withdrawal: float
 ) -> list[tuple[str, str, int | None, float, float]]:
     """-> (phase, motif, polyp, duration, depth at the end) in order."""
+    script: list[tuple[str, str, int | None, float, float]]
     script = [("insertion", motif, None, d, s) for motif, d, s in _journey(rng, 0.0, anatomy.length, insertion)]
     script.append(("caecum", "hover", None, caecum, anatomy.length))
     depth, legs = anatomy.length, []

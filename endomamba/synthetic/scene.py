@@ -12,7 +12,7 @@ from .anatomy import BEFORE, STEPS, Anatomy, Polyp
 from .procedure import View
 
 # Rays march in rounds; those that arrived leave after each.  A stride below 1: folds are steeper than 45 degrees.
-ROUNDS, STRIDE, ARRIVED, FAR = (9, 9, 9, 12), np.float32(0.65), 2e-3, np.float32(9.0)
+ROUNDS, STRIDE, ARRIVED, FAR = (8, 6, 8, 8), np.float32(0.65), 2e-3, np.float32(9.0)
 BLEND = np.float32(0.07)  # radii over which a polyp and the wall flow into each other
 LOOK_AHEAD = 5.5  # polyps farther away than this are not drawn: too dark
 
@@ -54,7 +54,7 @@ class Scene:
 
     def aim(self, rays: np.ndarray) -> np.ndarray:
         """Directions of the camera -> unit directions of the world."""
-        r, (hx, hy) = self.rotation.astype(np.float32), np.float32(self.heading)
+        r, (hx, hy) = self.rotation.astype(np.float32), (np.float32(slope) for slope in self.heading)
         x, y, z = (r[i, 0] * rays[0] + r[i, 1] * rays[1] + r[i, 2] * rays[2] for i in range(3))
         aimed = np.stack([x + z * hx, y + z * hy, z])
         aimed /= np.sqrt((aimed * aimed).sum(0))

@@ -127,7 +127,8 @@ def _landmarks(view: View, picture: Picture) -> list[list[float]]:
     folds = [fold for fold in scene.anatomy.folds if fold[0] > view.depth + 0.3]
     for name, fold in zip(("fold_1", "fold_2"), folds):
         found[name] = _on_wall(picture, *fold)
-    return [[1, *(round(float(v), 2) for v in found[name])] if found[name] else [0, 0.0, 0.0] for name in LANDMARKS]
+    places = (found[name] for name in LANDMARKS)
+    return [[1, round(float(at[0]), 2), round(float(at[1]), 2)] if at else [0, 0.0, 0.0] for at in places]
 
 
 def _on_wall(picture: Picture, s: float, theta: float) -> tuple[float, float] | None:
