@@ -145,7 +145,7 @@ def make_texture(params: Params, rng: np.random.Generator) -> np.ndarray:
     k = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None, :]) * size  # waves around the colon
     mottle = _noise(rng, k, lambda k: k / (1 + (k / 7) ** 3))
     grain = _noise(rng, k, lambda k: np.exp(-(((k - 130) / 60) ** 2)))
-    relief = _noise(rng, k, lambda k: k / (1 + (k / 12) ** 3.4)) + 0.06 * _noise(
+    relief = _noise(rng, k, lambda k: k / (1 + (k / 18) ** 5)) + 0.02 * _noise(
         rng, k, lambda k: np.exp(-(((k - 150) / 60) ** 2))
     )
     tone = uniform(rng, params.mottle) * mottle + uniform(rng, params.grain) * grain

@@ -12,7 +12,7 @@ from .anatomy import BEFORE, STEPS, Anatomy, Polyp
 from .procedure import View
 
 # Rays march in rounds; those that arrived leave after each.  A stride below 1: folds are steeper than 45 degrees.
-ROUNDS, STRIDE, ARRIVED, FAR = (8, 6, 8, 8), np.float32(0.65), 2e-3, np.float32(9.0)
+ROUNDS, STRIDE, ARRIVED, FAR = (8, 6, 8, 8, 10), np.float32(0.65), 2e-3, np.float32(9.0)
 BLEND = np.float32(0.07)  # radii over which a polyp and the wall flow into each other
 LOOK_AHEAD = 5.5  # polyps farther away than this are not drawn: too dark
 
