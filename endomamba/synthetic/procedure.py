@@ -62,6 +62,7 @@ class View:
     depth, x, y: the camera, in radii.  yaw, pitch, roll: of its gaze against the axis of the colon, in radians.
     removed, blood: of each polyp, whether it is cut off and how much its stump bleeds (0 to 1).
     tool: how far the tool is out (0 to 1), at `polyp`.  shake: pixels of a 224 frame that the picture moves meanwhile.
+    grain: which part of the sheet of sensor noise lies over the picture.
     """
 
     depth: float

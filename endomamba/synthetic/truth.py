@@ -26,7 +26,7 @@ import numpy as np
 
 from .params import VERSION
 from .procedure import MOTIFS, PHASES, View
-from .render import Picture
+from .render import SIGHT, Picture
 
 KIND = "endomamba synthetic truth"
 LANDMARKS = ("lumen", "polyp", "stump", "tool_tip", "fold_1", "fold_2")
@@ -81,7 +81,8 @@ class Truth:
 def frame_truth(t: int, fps: int, phase: str, motif: str, view: View, picture: Picture) -> dict[str, Any]:
     """The line of frame t."""
     anatomy, polyps = picture.scene.anatomy, []
-    for i in np.unique(picture.polyps)[0 + (0 in picture.polyps) :].astype(int):
+    ids = np.unique(picture.polyps)
+    for i in ids[ids > 0].astype(int):
         mask = picture.polyps == i
         ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         box = [int(v) for v in (xs[0], ys[0], xs[-1] + 1, ys[-1] + 1)]
@@ -135,7 +136,7 @@ def _on_wall(picture: Picture, s: float, theta: float) -> tuple[float, float] | 
     """The pixel of a point of the wall, where the picture shows it and not something in front of it."""
     pixels, far = picture.scene.project(picture.scene.anatomy.wall(s, theta)[None])
     pixel = pixels[0]
-    if not _is_clear(picture, pixel) or picture.polyps[_cell(pixel)] or far[0] > 4.2:
+    if not _is_clear(picture, pixel) or picture.polyps[_cell(pixel)] or far[0] > SIGHT:
         return None
     return tuple(pixel) if abs(picture.distance[_cell(pixel)] - far[0]) < 0.04 + 0.06 * far[0] else None
 
