@@ -35,6 +35,12 @@ EXIT_CODES = """exit codes:
   141  whoever read the output went away
 """
 
+SYNTH_NOTES = """files:
+  DIR/VARIANT-SPLIT-SEED.mp4            the video; its comment names variant, split, seed, hash of the parameters
+  DIR/VARIANT-SPLIT-SEED.truth.jsonl    a header, then one line a frame: phase, polyps, landmarks, camera
+  Both get these names when they are complete, the truth last; a run that is stopped leaves whole videos only.
+"""
+
 RANDOM_WEIGHTS = (
     "no --weights: the model is randomly initialised, so labels mean nothing yet.\n"
     "What can be judged: speed, memory, streamed == parallel, and that the output follows the picture."
@@ -90,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
         "endomamba", description="Video models with a memory, frame by frame.", formatter_class=form
     )
     parser.add_argument("--version", action="version", version=f"endomamba {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="{stream,demo,info}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="{stream,demo,synth,info}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -148,6 +154,25 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--max-frames", type=_positive, metavar="N", help="stop after N frames")
     demo.add_argument("--threads", type=_positive, metavar="N", help="CPU threads; default: torch's choice")
     demo.set_defaults(run=_demo)
+
+    synth = commands.add_parser(
+        "synth",
+        parents=[common],
+        formatter_class=form,
+        help="make synthetic colonoscopies with ground truth",
+        description="Draws videos of a procedural colon and writes, beside each mp4, what is true of every frame.",
+        epilog=SYNTH_NOTES,
+    )
+    synth.add_argument("--out", type=Path, required=True, metavar="DIR")
+    synth.add_argument("--videos", type=_positive, default=1, metavar="N", help="default: %(default)s")
+    synth.add_argument("--frames", type=_positive, default=1000, metavar="M", help="of each; default: %(default)s")
+    synth.add_argument("--size", type=_positive, default=224, help="height and width, even; default: %(default)s")
+    synth.add_argument("--variant", default="base", help="default: %(default)s; an unknown one lists them all")
+    synth.add_argument("--split", default="train", help="train, val or test; default: %(default)s")
+    synth.add_argument("--seed", type=_count, default=0, help="of the first video, one more for each; default: 0")
+    synth.add_argument("--force", action="store_true", help="replace files that are already there")
+    synth.add_argument("--quiet", action="store_true", help="no progress, no summary; errors are still shown")
+    synth.set_defaults(run=_synth, max_frames=None)
 
     info = commands.add_parser("info", parents=[common], help="devices, back ends, and why each can or cannot run")
     info.add_argument("--json", action="store_true")
@@ -445,6 +470,40 @@ def _bundled_clip() -> Path:
     except ImportError as error:
         raise UsageError("the demo's clip comes with pydicom: pip install endomamba[video], or name a VIDEO") from error
     return Path(examples.get_path("ybr_color"))
+
+
+# ---- endomamba synth
+
+
+def _synth(args: argparse.Namespace) -> int:
+    from . import synthetic
+    from .video import import_av
+
+    import_av()
+    if args.size % 2:
+        raise UsageError(f"--size must be even for an mp4, got {args.size}")
+    seeds = range(args.seed, args.seed + args.videos)
+    files = [path for seed in seeds for path in synthetic.paths(args.out, args.variant, args.split, seed)]
+    there = [path for path in files if path.exists()]
+    if there and not args.force:
+        raise UsageError(f"{there[0]} exists already: choose another --out or --seed, or replace it with --force")
+    started, bytes_written = time.monotonic(), 0
+    with _Progress(args, args.videos * args.frames) as progress:
+        for seed in seeds:
+            video = synthetic.SyntheticVideo(
+                args.variant, split=args.split, seed=seed, frames=args.frames, size=args.size
+            )
+            written = synthetic.write(video, args.out, force=args.force, progress=progress)
+            bytes_written += sum(path.stat().st_size for path in written)
+    if not args.quiet:
+        count = args.videos * args.frames
+        print(
+            f"{args.videos} videos, {count} frames of {args.size} x {args.size} in {args.out}: "
+            f"{bytes_written / 1e6:.1f} MB, {count / (time.monotonic() - started):.1f} frames/s\n"
+            f"variant {args.variant}, split {args.split}, seeds {seeds[0]} to {seeds[-1]}, "
+            f"parameters {video.params.digest()[:12]}"
+        )
+    return OK
 
 
 # ---- endomamba info

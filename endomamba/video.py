@@ -566,15 +566,18 @@ def write_video(
     pix_fmt: str | None = None,
     gop: int | None = None,
     options: dict[str, str] | None = None,
+    metadata: dict[str, str] | None = None,
 ) -> int:
     """Encodes uint8 RGB frames (h, w, 3) into the container that `path` ends with; returns how many there were.
 
     gop: frames from one keyframe to the next.  options: the encoder's own, such as {"crf": "18"}.
+    metadata: the container's, such as {"comment": "..."}; mp4 drops keys it does not know.
     """
     av = import_av()
     pix_fmt = pix_fmt or ("yuvj420p" if codec == "mjpeg" else "yuv420p")
     count, stream, shape = 0, None, None
     with av.open(os.path.abspath(path), "w") as container:
+        container.metadata.update(metadata or {})
         for frame in frames:
             rgb = frame.detach().cpu().numpy() if isinstance(frame, Tensor) else np.asarray(frame)
             if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or (shape and rgb.shape != shape):

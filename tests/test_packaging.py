@@ -25,7 +25,9 @@ def python(code: str, cwd: Path, path: str = "") -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("module", ["endomamba", "endomamba.ops", "endomamba.models", "endomamba.stream"])
+@pytest.mark.parametrize(
+    "module", ["endomamba", "endomamba.ops", "endomamba.models", "endomamba.stream", "endomamba.synthetic"]
+)
 def test_import_needs_torch_alone(module, tmp_path):
     code = (
         f"import sys, torch.utils.flop_counter; old = set(sys.modules); import {module}; print(*set(sys.modules) - old)"
