@@ -1,0 +1,105 @@
+"""How often the gate is wrong on this machine: unchanged code against itself, and against a kernel made slower.
+
+    python -m bench.ab_power [--runs 50] [--planted 25] [--only PATTERN]
+
+Every run is the gate of `python -m bench ab` with processes of its own; the two worktrees are built once.  The slow
+commit walks a quarter (or --planted percent) of the scan's channel blocks twice: the same output, that much more work.
+Writes bench/results/cpu_ab_power.json after each run, alarms and misses of a noisy minute included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from bench import ab, machine
+from bench.process import WorkerFailed
+from bench.worktrees import checkouts, commit_with, common_dir, git, toplevel
+
+HERE = Path(__file__).parent
+KERNEL = "csrc/cpu/scan_fwd.cpp"
+WHOLE = "[&](int64_t task) { forward_task(a, task / blocks, task % blocks * kForwardBlock); });"
+AGAIN = """[&](int64_t task) {{
+                 forward_task(a, task / blocks, task % blocks * kForwardBlock);
+                 if (task * {percent} / 100 != (task + 1) * {percent} / 100)
+                   forward_task(a, task / blocks, task % blocks * kForwardBlock);
+               }});"""
+
+
+def planted(repo: Path, base: str, percent: int) -> str:
+    """A commit whose forward scan does `percent` more work."""
+    text = git(repo, "show", f"{base}:{KERNEL}") + "\n"
+    if text.count(WHOLE) != 1:
+        raise SystemExit(f"ab_power: {KERNEL} no longer has the line to plant at: {WHOLE}")
+    return commit_with(repo, base, {KERNEL: text.replace(WHOLE, AGAIN.format(percent=percent))})
+
+
+def one_run(sides, options: ab.Options, repo: Path) -> dict:
+    start, load = time.perf_counter(), os.getloadavg()[0]
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            report, _ = ab.gate(sides, options, common_dir(repo) / "bench-ab", repo)
+        except (machine.Refused, WorkerFailed) as error:
+            return {"error": str(error)}
+    keys = ("case", "ratio", "interval", "verdict", "rounds", "base_us", "again")
+    return {
+        "alarms": [finding.op for finding in report.findings],
+        "seconds": round(time.perf_counter() - start, 1), "load": round(load, 2),
+        "cases": [{key: row[key] for key in keys if key in row} for row in report.rows],
+    }  # fmt: skip
+
+
+def summary(runs: list[dict], op: str) -> dict:
+    valid = [run for run in runs if "alarms" in run]
+    ratios = [case["ratio"] for run in valid for case in run["cases"] if case["case"].startswith(f"{op} ")]
+    return {
+        "runs": len(runs), "refused": len(runs) - len(valid), "alarmed": sum(bool(run["alarms"]) for run in valid),
+        f"caught_{op}": sum(op in run["alarms"] for run in valid),
+        "ratio_median": round(statistics.median(ratios), 3) if ratios else None,
+        "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)] if ratios else None,
+        "seconds_median": statistics.median(run["seconds"] for run in valid) if valid else None,
+        "load_range": [min(run["load"] for run in valid), max(run["load"] for run in valid)] if valid else None,
+        "first_alarms_not_confirmed": sum(
+            case["verdict"] == "not confirmed" for run in valid for case in run["cases"]
+        ),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=50)
+    parser.add_argument("--planted", type=int, default=25, metavar="PERCENT")
+    parser.add_argument("--only", default="l197", metavar="PATTERN", help="cases, as for ab")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "cpu_ab_power.json")
+    args = parser.parse_args()
+    repo = toplevel(Path.cwd())
+    options = ab.Options(only=args.only, gates=("time",))
+    base = git(repo, "rev-parse", "HEAD")
+    slow = planted(repo, base, args.planted)
+    experiments = {"A against A": [], f"A against A with {args.planted} % more work in the forward scan": []}
+    cores = len(os.sched_getaffinity(0))
+    meta = {
+        "command": " ".join(["python -m bench.ab_power", *sys.argv[1:]]), "commit": base,
+        "date": time.strftime("%Y-%m-%d"),
+        "threshold": options.limit, "alpha": options.alpha, "rounds": options.rounds, "cores": cores,
+        **machine.describe("cpu"),
+    }  # fmt: skip
+    with checkouts(repo, base, base, None, None) as same, checkouts(repo, base, slow, None, None) as other:
+        for number in range(args.runs):
+            for (name, runs), sides in zip(experiments.items(), (same, other)):
+                runs.append(one_run(sides, options, repo))
+                print(f"{number + 1:3} {name}: {runs[-1]}", flush=True)
+            found = {name: summary(runs, "selective_scan") for name, runs in experiments.items()}
+            args.out.write_text(json.dumps({"meta": meta, "summary": found, "runs": experiments}, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
