@@ -76,7 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", metavar="BASE", help="a git revision, or a JSON file of pytest-benchmark")
     parser.add_argument("head", metavar="HEAD", help="the same, or . for the working tree as it is")
     parser.add_argument("--cases", type=Path, default=CASES, metavar="PY", help="a case file (bench/README.md)")
-    parser.add_argument("--only", default="*", metavar="PATTERN", help="cases whose name has it; * and ? allowed")
+    parser.add_argument(
+        "--only", default="*", metavar="PATTERNS", help="cases that have one; commas between, * allowed"
+    )
     parser.add_argument("--gates", default=",".join(GATES), help="which of them, with commas between")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=usual.threads, help="of each side")
@@ -179,7 +181,7 @@ class Pair:
 
 
 @contextlib.contextmanager
-def opened(sides: tuple[Side, Side], options: Options, repo: Path) -> Iterator[Pair]:
+def opened(sides: tuple[Side, Side], options: Options) -> Iterator[Pair]:
     # The same cores for both: what else runs there, and how fast they are just now, then concerns both.
     cores = machine.idlest_cores(options.threads) if options.device == "cpu" else None
     start = partial(Process, timeout=options.timeout, cores=cores)
@@ -216,9 +218,10 @@ def require_own_code(process: Process, options: Options, repo: Path) -> None:
 
 def run_cases(sides: tuple[Side, Side], options: Options, cache: Path, repo: Path, report: Report) -> dict:
     with contextlib.ExitStack() as stack:
-        pair = stack.enter_context(opened(sides, options, repo))
+        pair = stack.enter_context(opened(sides, options))
         about = pair.about
-        names = [name for name in pair.cases if fnmatch.fnmatch(name, f"*{options.only}*")]
+        patterns = [f"*{pattern.strip()}*" for pattern in options.only.split(",")]
+        names = [name for name in pair.cases if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
         if not names:
             raise UsageError(f"no case has {options.only!r} in its name; there are: {', '.join(pair.cases)}")
         suspects = []
@@ -229,10 +232,12 @@ def run_cases(sides: tuple[Side, Side], options: Options, cache: Path, repo: Pat
             except WorkerFailed as error:
                 report.find(finding(pair, name, "run", str(error)))
                 stack.close()  # whichever side is left, it starts anew
-                pair = stack.enter_context(opened(sides, options, repo))
+                pair = stack.enter_context(opened(sides, options))
         cases = pair.cases
-    for name in suspects:
-        confirm(sides, name, options, repo, len(names), report)
+    if suspects:
+        with opened(sides, options) as pair:
+            for name in suspects:
+                confirm(pair, name, options, len(names), report)
     if "instructions" in options.gates:
         instructions_gate(sides, cases, names, options, cache, report)
     return about
@@ -253,7 +258,7 @@ def one_case(
             require_own_code(process, options, repo)
     if errors is None:
         return None
-    row = {"case": name, **pair.cases[name], "errors": errors}
+    row = {"case": name, **{key: pair.cases[name][key] for key in ("op", "shape", "backend")}, "errors": errors}
     report.rows.append(row)
     if "launches" in options.gates:
         base, head = (answer["names"] for answer in pair.both("count", name=name))
@@ -315,21 +320,20 @@ def measure(pair: Pair, name: str, options: Options, cases: int) -> tuple[str, d
     }  # fmt: skip
 
 
-def confirm(sides: tuple[Side, Side], name: str, options: Options, repo: Path, cases: int, report: Report) -> None:
+def confirm(pair: Pair, name: str, options: Options, cases: int, report: Report) -> None:
     """A slow case once more in fresh processes: how memory happened to lie in the first ones is not the commit's."""
     row = next(row for row in report.rows if row["case"] == name)
-    with opened(sides, options, repo) as pair:
-        word, again = measure(pair, name, options, cases)
-        row |= {"again": again | {"verdict": word}}
-        if word != "slower":
-            row["verdict"] = "not confirmed"
-            report.note(f"not confirmed in fresh processes: {name}: {again['ratio']} {again['interval']}")
-            return
-        says = (
-            f"ratio={again['ratio']} interval={again['interval']} (before: {row['ratio']} {row['interval']}), surely "
-            f"over {options.limit}, {row['base_us']:.1f} us -> {row['head_us']:.1f} us"
-        )
-        report.find(finding(pair, name, "time", says))
+    word, again = measure(pair, name, options, cases)
+    row |= {"again": again | {"verdict": word}}
+    if word != "slower":
+        row["verdict"] = "not confirmed"
+        report.note(f"not confirmed in fresh processes: {name}: {again['ratio']} {again['interval']}")
+        return
+    says = (
+        f"ratio={again['ratio']} interval={again['interval']} (before: {row['ratio']} {row['interval']}), surely over "
+        f"{options.limit}, {row['base_us']:.1f} us -> {row['head_us']:.1f} us"
+    )
+    report.find(finding(pair, name, "time", says))
 
 
 # ---- the gates without a clock -----------------------------------------------------------------------------------

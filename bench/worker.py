@@ -20,13 +20,14 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-WARM_BYTES = 128 * 2**20  # more than any L2
+FLUSH_BYTES = 128 * 2**20  # more than any L2
 
 
 def cold_events(call, flush, cycles: int) -> tuple:
-    """Starts a call on a GPU, its L2 overwritten before; the events around it.  cycles: the host launches meanwhile."""
+    """Starts a call on a GPU, L2 overwritten before; the events around it.  cycles: the host launches meanwhile."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    flush.fill_(1)
+    if flush is not None:
+        flush.fill_(1)
     torch.cuda._sleep(cycles)
     begin.record()
     call()
@@ -72,7 +73,7 @@ class Worker:
         self.name, self.call, self.truth = "", None, None
         if self.gpu:
             torch.cuda.set_device(device)
-            self.flush = torch.empty(WARM_BYTES, dtype=torch.uint8, device=device)
+            self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
 
     def hello(self) -> dict:
         about = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
