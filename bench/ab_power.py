@@ -19,9 +19,12 @@ import sys
 import time
 from pathlib import Path
 
-from bench import ab, machine
+from bench import machine
+from bench.ab import CASES
+from bench.gate import Gate
+from bench.pair import Options
 from bench.process import WorkerFailed
-from bench.worktrees import checkouts, commit_with, common_dir, git, toplevel
+from bench.worktrees import Side, checkouts, commit_with, common_dir, git, toplevel
 
 HERE = Path(__file__).parent
 KERNEL = "csrc/cpu/scan_fwd.cpp"
@@ -41,18 +44,19 @@ def planted(repo: Path, base: str, percent: int) -> str:
     return commit_with(repo, base, {KERNEL: text.replace(WHOLE, AGAIN.format(percent=percent))})
 
 
-def one_run(sides, options: ab.Options, repo: Path) -> dict:
+def one_run(sides: tuple[Side, Side], options: Options, only: str, repo: Path) -> dict:
     start, load = time.perf_counter(), os.getloadavg()[0]
     with contextlib.redirect_stdout(io.StringIO()):
         try:
-            report, _ = ab.gate(sides, options, common_dir(repo) / "bench-ab", repo)
+            gate = Gate(sides, options, repo, common_dir(repo) / "bench-ab", ("time",), only)
+            gate.run()
         except (machine.Refused, WorkerFailed) as error:
             return {"error": str(error)}
     keys = ("case", "ratio", "interval", "verdict", "rounds", "base_us", "again")
     return {
-        "alarms": [finding.op for finding in report.findings],
+        "alarms": [finding.op for finding in gate.report.findings],
         "seconds": round(time.perf_counter() - start, 1), "load": round(load, 2),
-        "cases": [{key: row[key] for key in keys if key in row} for row in report.rows],
+        "cases": [{key: row[key] for key in keys if key in row} for row in gate.report.rows],
     }  # fmt: skip
 
 
@@ -80,7 +84,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "cpu_ab_power.json")
     args = parser.parse_args()
     repo = toplevel(Path.cwd())
-    options = ab.Options(only=args.only, gates=("time",))
+    options = Options(CASES)
     base = git(repo, "rev-parse", "HEAD")
     slow = planted(repo, base, args.planted)
     experiments = {"A against A": [], f"A against A with {args.planted} % more work in the forward scan": []}
@@ -94,7 +98,7 @@ def main() -> None:
     with checkouts(repo, base, base, None, None) as same, checkouts(repo, base, slow, None, None) as other:
         for number in range(args.runs):
             for (name, runs), sides in zip(experiments.items(), (same, other)):
-                runs.append(one_run(sides, options, repo))
+                runs.append(one_run(sides, options, args.only, repo))
                 print(f"{number + 1:3} {name}: {runs[-1]}", flush=True)
             found = {name: summary(runs, "selective_scan") for name, runs in experiments.items()}
             args.out.write_text(json.dumps({"meta": meta, "summary": found, "runs": experiments}, indent=1) + "\n")

@@ -13,14 +13,18 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.worktrees import Side
+from bench.worktrees import Side, end_group
 
 WORKER = Path(__file__).with_name("worker.py")
 START = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"  # sys.path starts with the worktree
 
 
 class WorkerFailed(Exception):
-    """The side could not do what it was asked: one sentence."""
+    """A side could not do what it was asked: which, and one sentence."""
+
+    def __init__(self, side: Side, why: str):
+        super().__init__(f"{side}: {why}")
+        self.side = side
 
 
 class Process:
@@ -57,9 +61,7 @@ class Process:
         self.stop()
 
     def stop(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        end_group(self.process)
         for stream in (self.process.stdin, self.process.stdout, self.stderr):
             with contextlib.suppress(BrokenPipeError):
                 stream.close()
@@ -70,7 +72,7 @@ class Process:
         try:
             self.process.wait(self.timeout)
         except subprocess.TimeoutExpired as error:
-            raise WorkerFailed(f"{self.side}: the worker did not end within {self.timeout:.0f} s") from error
+            raise WorkerFailed(self.side, f"the worker did not end within {self.timeout:.0f} s") from error
 
     def ask(self, do: str, **more):
         """Sends a command and returns its answer."""
@@ -82,12 +84,12 @@ class Process:
             self.process.stdin.write(json.dumps({"do": do} | more) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            raise WorkerFailed(self.why_ended(do)) from None
+            raise self.ended(do) from None
 
     def receive(self, do: str):
         answer = json.loads(self.read_line(do))
         if "failed" in answer:
-            raise WorkerFailed(f"{self.side}: {answer['failed']}")
+            raise WorkerFailed(self.side, answer["failed"])
         return answer["answer"]
 
     def read_line(self, do: str) -> bytes:
@@ -97,17 +99,21 @@ class Process:
             while b"\n" not in self.answers:
                 if not selector.select(max(0.0, deadline - time.monotonic())):
                     self.stop()
-                    raise WorkerFailed(f"{self.side}: no answer to {do!r} within {self.timeout:.0f} s; it was stopped")
+                    raise WorkerFailed(self.side, f"no answer to {do!r} within {self.timeout:.0f} s; it was stopped")
                 piece = os.read(self.process.stdout.fileno(), 1 << 16)
                 if not piece:
-                    raise WorkerFailed(self.why_ended(do))
+                    raise self.ended(do)
                 self.answers += piece
         line, self.answers = self.answers.split(b"\n", 1)
         return line
 
-    def why_ended(self, do: str) -> str:
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def ended(self, do: str) -> WorkerFailed:
         status = self.process.wait()
         how = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
         self.stderr.seek(0)
         told = self.stderr.read().strip().splitlines()
-        return f"{self.side}: the worker ended {how} during {do!r}" + (f": {told[-1]}" if told else "")
+        return WorkerFailed(self.side, f"the worker ended {how} during {do!r}" + (f": {told[-1]}" if told else ""))

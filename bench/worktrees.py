@@ -127,6 +127,20 @@ def termination_is_an_exception() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def interrupted_afterwards() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait for the end of this, so that what is started here is known to those who end it."""
+    came = []
+
+    def later(number, frame):
+        came.append(number)
+
+    with handled(signal.SIGTERM, later), handled(signal.SIGINT, later):
+        yield
+    if came:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
 def not_interrupted() -> Iterator[None]:
     with handled(signal.SIGTERM, signal.SIG_IGN), handled(signal.SIGINT, signal.SIG_IGN):
         yield
@@ -163,21 +177,25 @@ def ensure_built(side: Side, repo: Path, build: str | None, cache: Path) -> None
 
 def run_build(words: list[str], side: Side) -> None:
     with tempfile.TemporaryFile("w+") as log:
-        try:
-            process = subprocess.Popen(words, cwd=side.path, stdout=log, stderr=log, start_new_session=True)
-        except OSError as error:
-            raise UsageError(f"{side} cannot be built: {words[0]}: {error.strerror}") from error
-        try:
+        with contextlib.ExitStack() as stack:
+            with interrupted_afterwards():
+                try:
+                    process = subprocess.Popen(words, cwd=side.path, stdout=log, stderr=log, start_new_session=True)
+                except OSError as error:
+                    raise UsageError(f"{side} cannot be built: {words[0]}: {error.strerror}") from error
+                stack.callback(end_group, process)
             status = process.wait()
-        except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            raise
         if status:
             log.seek(0)
             told = (log.read().strip().splitlines() or ["it said nothing"])[-1]
             raise UsageError(f"{side} does not build, exit status {status}: {told}")
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """A process started in a session of its own, and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def newest(builds: Path) -> list[Path]:

@@ -1,0 +1,240 @@
+"""python -m bench ab on a small repository of its own, as a project that has the gate's checkout beside it would."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+CASES = """\
+from functools import partial
+
+OPS = ("same", "slow", "wrong", "more", "crash", "hang", "raises", "new")
+
+
+def cases(device):
+    return [
+        {"op": op, "shape": "n100", "backend": "torch", "tolerance": 1e-6, "make": partial(make, op)} for op in OPS
+    ]
+
+
+def make(op):
+    import torch
+
+    from tiny import ops
+
+    print("what a case prints is no answer")
+    x = torch.arange(100.0)
+    return lambda: getattr(ops, op)(x), lambda: x.double().sum()
+"""
+OPS = """\
+import os
+import sys
+import time
+
+
+def spin(seconds):
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+def same(x):
+    spin(2e-4)
+    return x.sum()
+
+
+slow = wrong = more = crash = hang = raises = same
+"""
+WORSE = """
+
+def slow(x):
+    spin(3e-4)
+    return x.sum()
+
+
+def wrong(x):
+    return 1.01 * x.sum()
+
+
+def more(x):
+    return x.clone().sum()
+
+
+def crash(x):
+    print("planted", file=sys.stderr, flush=True)
+    os._exit(3)
+
+
+def hang(x):
+    time.sleep(600)
+
+
+def raises(x):
+    raise ValueError("planted")
+
+
+new = same
+"""
+
+
+@pytest.fixture
+def repo(tmp_path):
+    """Two commits, the second worse in six ways; "src" for another layout, the gate's temporary files in tmp."""
+    folder = tmp_path / "downstream"
+    write(folder, {"tiny/__init__.py": "", "tiny/ops.py": OPS, "gate_cases.py": CASES, ".gitignore": "*.pyc\n"})
+    git(folder, "init", "--quiet", "--initial-branch=main")
+    commit(folder)
+    git(folder, "tag", "good")
+    write(folder, {"tiny/ops.py": OPS + WORSE})
+    commit(folder)
+    (tmp_path / "tmp").mkdir()
+    yield folder
+    assert len(git(folder, "worktree", "list").splitlines()) == 1, "a worktree is left"
+    assert not list((tmp_path / "tmp").iterdir()), "temporary files are left"
+    assert not git(folder, "branch", "--list", "--format=%(refname)").replace("refs/heads/main", "").strip()
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def git(folder: Path, *words: str) -> str:
+    who = ["-c", "user.name=a", "-c", "user.email=a"]
+    return subprocess.run(["git", *who, *words], cwd=folder, text=True, capture_output=True, check=True).stdout
+
+
+def commit(folder: Path) -> None:
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "a commit")
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen:
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env |= {"TMPDIR": str(folder.parent / "tmp")}
+    command = [sys.executable, str(BENCH), "ab", *words]
+    return subprocess.Popen(command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def run(folder: Path, *words: str) -> tuple[int, str, str]:
+    process = start(folder, *words)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def test_each_way_to_be_worse_is_named(repo, tmp_path):
+    gates, out = "--gates=time,launches", tmp_path / "out.json"
+    code, told, err = run(repo, "good", "HEAD", "--cases=gate_cases.py", gates, "--timeout=8", f"--out={out}")
+    assert code == 1, told + err
+    lines = {line.split("op=")[1].split()[0]: line for line in told.splitlines() if line.startswith("WORSE")}
+    assert {*lines} == {"slow", "wrong", "more", "crash", "hang", "raises"}, told
+    slow = lines["slow"]
+    assert slow.startswith("WORSE time: op=slow shape=n100 backend=torch ratio=1.") and "interval=[" in slow
+    assert "head errs by 1.0e-02 of the fp64 reference, allowed is 1e-06" in lines["wrong"]
+    assert "dispatched operators 1 -> 2" in lines["more"] and "aten.clone" in lines["more"]
+    assert "the worker ended with exit status 3 during 'errors': planted" in lines["crash"]
+    assert "no answer to 'errors' within 8 s; it was stopped" in lines["hang"]
+    assert "ValueError: planted" in lines["raises"]
+    assert "not compared: new n100 torch: base good" in told
+    written = json.loads(out.read_text())
+    rows = {row["op"]: row for row in written["rows"]}
+    assert (
+        rows["same"]["verdict"] != "slower" and rows["slow"]["verdict"] == rows["slow"]["again"]["verdict"] == "slower"
+    )
+    assert 1.4 < rows["slow"]["ratio"] < 1.7
+    assert written["meta"]["base"] == git(repo, "rev-parse", "good").strip() and written["meta"]["cpu"]
+    assert len(written["findings"]) == 6
+
+
+def test_the_working_tree_as_it_is(repo):
+    """An uncommitted change and a file git does not know, in src/; neither the index nor the files are touched."""
+    git(repo, "checkout", "--quiet", "good")
+    git(repo, "mv", "tiny", "src")
+    git(repo, "reset", "--quiet", "--hard")
+    (repo / "src").mkdir()
+    (repo / "tiny").rename(repo / "src" / "tiny")
+    write(
+        repo,
+        {
+            "src/tiny/unknown.py": "",
+            "src/tiny/ops.py": "from . import unknown\n" + OPS + "slow = lambda x: 2 * x.sum()\n",
+        },
+    )
+    before = git(repo, "status", "--porcelain")
+    code, told, err = run(repo, "HEAD", ".", "--cases=gate_cases.py", "--only=same,slow", "--gates=launches")
+    assert code == 1, told + err
+    assert "op=slow" in told and "aten.mul" in told and "1 worse, 2 compared" in told
+    assert git(repo, "status", "--porcelain") == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing(repo, number):
+    process = start(repo, "good", "good", "--cases=gate_cases.py", "--only=same", "--gates=time", "--rounds=999999")
+    assert process.stdout.readline().startswith("base good")
+    deadline = time.monotonic() + 30
+    while not (workers := children(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "no worktree and no process is left" in err
+    assert workers and not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_build_is_kept_for_its_commit(repo, tmp_path):
+    """It runs once a tree, in the tree; what it leaves is there in the second run, which builds nothing."""
+    built = (
+        f"import pathlib; open({str(tmp_path / 'log')!r}, 'a').write('built '); pathlib.Path('tiny/made.py').touch()"
+    )
+    write(tmp_path, {"build.py": built})
+    write(repo, {"tiny/ops.py": "from . import made\n" + OPS})
+    commit(repo)
+    words = ("HEAD", "HEAD", "--cases=gate_cases.py", "--only=same", "--gates=launches")
+    for _ in range(2):
+        code, told, err = run(repo, *words, f"--build={{python}} {tmp_path / 'build.py'}")
+        assert code == 0, told + err
+    assert (tmp_path / "log").read_text() == "built "
+    code, _, err = run(repo, *words, "--build=false")
+    assert code == 2 and "does not build, exit status 1" in err
+
+
+def test_code_that_is_not_of_the_commits_is_refused(repo, tmp_path):
+    """Else both sides would run the same code and nothing could ever be found."""
+    cases = "def make():\n    return lambda: [], lambda: []\n"
+    row = '{"op": "o", "shape": "s", "backend": "b", "tolerance": 1, "make": make}'
+    write(tmp_path, {"none.py": f"{cases}def cases(device):\n    return [{row}]\n"})
+    code, _, err = run(repo, "good", "HEAD", f"--cases={tmp_path / 'none.py'}", "--gates=launches")
+    assert code == 2 and "import nothing of this repository" in err
+    outside = f"import sys\nsys.path.insert(0, {str(repo)!r})\nimport tiny.ops\n"
+    write(tmp_path, {"outside.py": outside + (tmp_path / "none.py").read_text()})
+    code, _, err = run(repo, "good", "HEAD", f"--cases={tmp_path / 'outside.py'}", "--gates=launches")
+    assert code == 2 and "which is not of its commit" in err and "downstream/tiny" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["nowhere", "HEAD"], "'nowhere' is no revision of downstream"),
+        (["HEAD", "HEAD", "--gates=clock"], "--gates takes time, launches, triton, instructions, got clock"),
+        (["HEAD", "HEAD", "--cases=missing.py"], "there is no file missing.py"),
+        (["HEAD", "HEAD", "--device=tpu"], "--device takes cpu or cuda:N, got tpu"),
+        (["HEAD", "HEAD", "--threshold=0.9"], "--threshold is above 1, got 0.9"),
+        (["HEAD", "a.json"], "must both be revisions or both JSON files"),
+        (["missing.json", "a.json"], "there is no file missing.json"),
+    ],
+)
+def test_a_wrong_call_is_told_what_is_right(repo, words, says):
+    code, out, err = run(repo, *words)
+    assert code == 2 and says in err and "Traceback" not in err and not out
