@@ -5,6 +5,7 @@ Each compares counts that are the same in every run, so one more is a finding an
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.process import Process, WorkerFailed
-from bench.worktrees import Side
+from bench.worktrees import Side, interrupted_afterwards
 
 MORE_INSTRUCTIONS = 1.01  # head by base: counts are exact, this only lets a few instructions outside the loops pass
 RESOURCES = ("registers", "stack", "static_shared", "shared", "spill_bytes")
@@ -149,7 +150,9 @@ def count_instructions(side: Side, cases: Path, names: list[str], timeout: float
             raise Skipped(f"the switch for valgrind does not compile: {built.stderr.strip().splitlines()[0]}")
         valgrind = ["valgrind", "-q", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={out}"]
         failed = {}
-        with Process(side, cases, "cpu", 1, timeout, prefix=valgrind) as process:
+        with contextlib.ExitStack() as stack:
+            with interrupted_afterwards():
+                process = stack.enter_context(Process(side, cases, "cpu", 1, timeout, prefix=valgrind))
             about = process.ask("hello")["about"]
             for name in names:
                 try:

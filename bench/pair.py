@@ -8,12 +8,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from bench import machine, stats
 from bench.process import WORKER, Process
-from bench.worktrees import Side, UsageError
+from bench.worktrees import Side, UsageError, interrupted_afterwards
 
 THRESHOLD = {"cpu": 1.10, "cuda": 1.04}  # head by base: a ratio surely above it is a finding
 LONG = 20_000.0  # us: such a call fetches code and data back within itself
@@ -69,15 +68,19 @@ class Pair:
 
 @contextlib.contextmanager
 def opened(sides: tuple[Side, Side], options: Options) -> Iterator[Pair]:
-    # The same cores for both: what else runs there, and how fast they are just now, then concerns both.
-    cores = machine.idlest_cores(options.threads) if options.device == "cpu" else None
-    start = partial(Process, timeout=options.timeout, cores=cores)
     with contextlib.ExitStack() as stack:
-        processes = [stack.enter_context(start(side, options.cases, options.device, options.threads)) for side in sides]
+        with interrupted_afterwards():
+            every = [Process(side, options.cases, options.device, options.threads, options.timeout) for side in sides]
+            processes = [stack.enter_context(process) for process in every]
         for process in processes:
             process.send("hello")
         said = [process.receive("hello") for process in processes]
         machine.require_equal("base and head do not run on the same things", *(s["about"] for s in said))
+        if options.device == "cpu":
+            # The same cores for both: what else runs there, and how fast they are just now, then concerns both.
+            cores = machine.idlest_cores(options.threads)
+            for process in processes:
+                process.pin(cores)
         yield Pair(*processes, said[1]["cases"], said[1]["about"])
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from bench.worktrees import Side, end_group
 
 WORKER = Path(__file__).with_name("worker.py")
+STARTING = 120.0  # seconds that imports may take, whatever the limit of an answer
 START = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"  # sys.path starts with the worktree
 
 
@@ -38,20 +39,17 @@ class Process:
         threads: int,
         timeout: float,
         prefix: list[str] | None = None,
-        cores: set[int] | None = None,
     ):
         self.side, self.timeout = side, timeout
         paths = [str(side.path), str(side.path / "src"), os.environ.get("PYTHONPATH", "")]
         env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        env |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0"}
+        env["PYTHONHASHSEED"] = "0"
         self.stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  stop() closes it
         self.process = subprocess.Popen(
             [*(prefix or []), sys.executable, "-c", START, str(WORKER), str(cases), device, str(threads)],
             cwd=side.path, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr, text=True,
             start_new_session=True,
         )  # fmt: skip
-        if cores:
-            os.sched_setaffinity(self.process.pid, cores)  # it has no other threads yet
         self.answers = b""
 
     def __enter__(self) -> Process:
@@ -59,6 +57,11 @@ class Process:
 
     def __exit__(self, *_) -> None:
         self.stop()
+
+    def pin(self, cores: set[int]) -> None:
+        """Keeps all its threads, and those that they start, on these cores."""
+        for thread in os.listdir(f"/proc/{self.process.pid}/task"):
+            os.sched_setaffinity(int(thread), cores)
 
     def stop(self) -> None:
         end_group(self.process)
@@ -93,13 +96,14 @@ class Process:
         return answer["answer"]
 
     def read_line(self, do: str) -> bytes:
-        deadline = time.monotonic() + self.timeout
+        limit = max(STARTING, self.timeout) if do == "hello" else self.timeout
+        deadline = time.monotonic() + limit
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
             while b"\n" not in self.answers:
                 if not selector.select(max(0.0, deadline - time.monotonic())):
                     self.stop()
-                    raise WorkerFailed(self.side, f"no answer to {do!r} within {self.timeout:.0f} s; it was stopped")
+                    raise WorkerFailed(self.side, f"no answer to {do!r} within {limit:.0f} s; it was stopped")
                 piece = os.read(self.process.stdout.fileno(), 1 << 16)
                 if not piece:
                     raise self.ended(do)
