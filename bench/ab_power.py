@@ -1,10 +1,10 @@
 """How often the gate is wrong on this machine: unchanged code against itself, and against a kernel made slower.
 
-    python -m bench.ab_power [--runs 50] [--planted 25] [--only PATTERN]
+    python -m bench.ab_power [--runs 50] [--planted 25] [--only PATTERNS]
+    python -m bench.ab_power --device cuda --runs 20 --planted 10 --only 'selective_scan small-l3152'
 
-Every run is the gate of `python -m bench ab` with processes of its own; the two worktrees are built once.  The slow
-commit walks a quarter (or --planted percent) of the scan's channel blocks twice: the same output, that much more work.
-Writes bench/results/cpu_ab_power.json after each run, alarms and misses of a noisy minute included.
+Every run is the gate of `python -m bench ab` with processes of its own; the worktrees are built once.  Writes
+bench/results/{cpu,cuda}_ab_power.json after each run, alarms and misses of a noisy minute included.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -36,12 +37,33 @@ AGAIN = """[&](int64_t task) {{
                }});"""
 
 
+GPU_FILE = "endomamba/ops/_scan_triton.py"
+GPU_MORE = """
+
+_scan_fwd_alone = scan_fwd
+
+
+def scan_fwd(*args, **kwargs):
+    found = _scan_fwd_alone(*args, **kwargs)
+    torch.cuda._sleep({cycles})
+    return found
+"""
+
+
 def planted(repo: Path, base: str, percent: int) -> str:
-    """A commit whose forward scan does `percent` more work."""
+    """A commit whose forward scan does `percent` more work on a CPU: it walks so many channel blocks twice."""
     text = git(repo, "show", f"{base}:{KERNEL}") + "\n"
     if text.count(WHOLE) != 1:
         raise SystemExit(f"ab_power: {KERNEL} no longer has the line to plant at: {WHOLE}")
     return commit_with(repo, base, {KERNEL: text.replace(WHOLE, AGAIN.format(percent=percent))})
+
+
+def planted_on_gpu(repo: Path, base: str, percent: int, run: dict, device: str) -> str:
+    """A commit whose forward scan keeps the GPU `percent` of the first measured case longer, at its highest clock."""
+    (clock,) = machine.gpu_query(("clocks.max.sm",), device).values()
+    cycles = int(run["cases"][0]["base_us"] * percent / 100 * float(clock.split()[0]))
+    text = git(repo, "show", f"{base}:{GPU_FILE}") + "\n"
+    return commit_with(repo, base, {GPU_FILE: text + GPU_MORE.format(cycles=cycles)})
 
 
 def one_run(sides: tuple[Side, Side], options: Options, only: str, repo: Path) -> dict:
@@ -80,28 +102,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--planted", type=int, default=25, metavar="PERCENT")
-    parser.add_argument("--only", default="l197", metavar="PATTERN", help="cases, as for ab")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "cpu_ab_power.json")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", default="selective_scan small-l197", metavar="PATTERNS", help="cases, as for ab")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    repo = toplevel(Path.cwd())
-    options = Options(CASES)
+    kind = args.device.partition(":")[0]
+    out = args.out or HERE / "results" / f"{kind}_ab_power.json"
+    repo, options = toplevel(Path.cwd()), Options(CASES, device=args.device)
     base = git(repo, "rev-parse", "HEAD")
-    slow = planted(repo, base, args.planted)
-    experiments = {"A against A": [], f"A against A with {args.planted} % more work in the forward scan": []}
-    cores = len(os.sched_getaffinity(0))
+    experiments = {"A against A": [], f"A against A with {args.planted} % more in the forward scan": []}
     meta = {
-        "command": " ".join(["python -m bench.ab_power", *sys.argv[1:]]), "commit": base,
-        "date": time.strftime("%Y-%m-%d"),
-        "threshold": options.limit, "alpha": options.alpha, "rounds": options.rounds, "cores": cores,
-        **machine.describe("cpu"),
+        "command": shlex.join(["python -m bench.ab_power", *sys.argv[1:]]), "commit": base,
+        "date": time.strftime("%Y-%m-%d"), "threshold": options.limit, "alpha": options.alpha,
+        "rounds": options.rounds, **machine.describe(args.device),
     }  # fmt: skip
-    with checkouts(repo, base, base, None, None) as same, checkouts(repo, base, slow, None, None) as other:
+    with contextlib.ExitStack() as stack:
+        same = stack.enter_context(checkouts(repo, base, base, None, None))
+        if kind == "cpu":
+            slow = planted(repo, base, args.planted)
+        else:
+            slow = planted_on_gpu(repo, base, args.planted, one_run(same, options, args.only, repo), args.device)
+        other = stack.enter_context(checkouts(repo, base, slow, None, None))
         for number in range(args.runs):
             for (name, runs), sides in zip(experiments.items(), (same, other)):
                 runs.append(one_run(sides, options, args.only, repo))
                 print(f"{number + 1:3} {name}: {runs[-1]}", flush=True)
             found = {name: summary(runs, "selective_scan") for name, runs in experiments.items()}
-            args.out.write_text(json.dumps({"meta": meta, "summary": found, "runs": experiments}, indent=1) + "\n")
+            out.write_text(json.dumps({"meta": meta, "summary": found, "runs": experiments}, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 
 
