@@ -98,6 +98,16 @@ def summary(runs: list[dict], op: str) -> dict:
     }  # fmt: skip
 
 
+def write(path: Path, meta: dict, found: dict, experiments: dict[str, list[dict]]) -> None:
+    """One run a line."""
+    head = json.dumps({"meta": meta, "summary": found}, indent=1).removesuffix("\n}")
+    lines = [
+        f"  {json.dumps(name)}: [\n   " + ",\n   ".join(map(json.dumps, runs)) + "\n  ]"
+        for name, runs in experiments.items()
+    ]
+    path.write_text(f'{head},\n "runs": {{\n' + ",\n".join(lines) + "\n }\n}\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=50)
@@ -128,7 +138,7 @@ def main() -> None:
                 runs.append(one_run(sides, options, args.only, repo))
                 print(f"{number + 1:3} {name}: {runs[-1]}", flush=True)
             found = {name: summary(runs, "selective_scan") for name, runs in experiments.items()}
-            out.write_text(json.dumps({"meta": meta, "summary": found, "runs": experiments}, indent=1) + "\n")
+            write(out, meta, found, experiments)
     print(json.dumps(found, indent=1))
 
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -88,6 +89,20 @@ def raises(x):
 
 
 new = same
+"""
+KERNEL = """\
+#include <Python.h>
+
+static PyObject* run(PyObject* self, PyObject* none) {
+  volatile double y = 0;
+  for (int i = 0; i < 100000; ++i) y = y + 1;
+  return PyFloat_FromDouble(y);
+}
+
+static PyMethodDef methods[] = {{"run", run, METH_NOARGS, ""}, {NULL, NULL, 0, NULL}};
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernel", "", -1, methods};
+
+PyMODINIT_FUNC PyInit__kernel(void) { return PyModule_Create(&module); }
 """
 
 
@@ -284,24 +299,14 @@ def test_the_example_of_a_downstream_repository(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("valgrind") and shutil.which("cc")), reason="valgrind or cc is not installed")
 def test_five_percent_more_instructions_are_counted(repo):
-    """C code of a downstream repository, built in the worktrees, one call under callgrind."""
-    kernel = "double run(void) {{ volatile double y = 0; for (int i = 0; i < {n}; ++i) y = y + 1; return y; }}\n"
-    ops = """
-import ctypes
-from pathlib import Path
-import torch
-library = ctypes.CDLL(str(Path(__file__).with_name("kernel.so")))
-library.run.restype = ctypes.c_double
-
-
-def same(x):
-    return x.sum() + 0 * library.run()
-"""
-    write(repo, {"tiny/ops.py": ops, "tiny/kernel.c": kernel.format(n=100_000)})
+    """An extension module of a downstream repository, built in the worktrees, one call under callgrind."""
+    ops = "from . import _kernel\n\n\ndef same(x):\n    return x.sum() + 0 * _kernel.run()\n"
+    write(repo, {"tiny/ops.py": ops, "tiny/kernel.c": KERNEL})
     commit(repo)
-    write(repo, {"tiny/kernel.c": kernel.format(n=105_000)})
+    write(repo, {"tiny/kernel.c": KERNEL.replace("100000", "105000")})
     words = ["--cases=gate_cases.py", "--only=same", "--gates=instructions"]
-    words.append("--build=cc -O1 -shared -fPIC tiny/kernel.c -o tiny/kernel.so")
+    include = sysconfig.get_path("include")
+    words.append(f"--build=cc -O1 -shared -fPIC -I{include} tiny/kernel.c -o tiny/_kernel.so")
     for head, code_wanted in ((".", 1), ("HEAD", 0)):
         code, told, err = run(repo, "HEAD", head, *words)
         assert code == code_wanted, told + err
