@@ -59,6 +59,11 @@ class CountDispatched(TorchDispatchMode):
         super().__init__()
         self.names = Counter()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Newer PyTorch would import all of its compiler, 1.6 s, to keep it out of here."""
+        return False
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names[str(func)] += 1
         return func(*args, **(kwargs or {}))

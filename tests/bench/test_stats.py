@@ -42,16 +42,16 @@ def verdicts(slower: float, runs: int, **more) -> list[dict]:
 
 
 def test_unchanged_code_is_hardly_ever_slower():
-    found = verdicts(1.0, 60)
+    found = verdicts(1.0, 40)
     assert sum(row["verdict"] == "slower" for row in found) == 0
-    assert sum(row["verdict"] == "fine" for row in found) >= 58
+    assert sum(row["verdict"] == "fine" for row in found) >= 38
 
 
 def test_a_quarter_slower_is_found():
-    found = verdicts(1.25, 60)
-    assert sum(row["verdict"] == "slower" for row in found) >= 58
+    found = verdicts(1.25, 40)
+    assert sum(row["verdict"] == "slower" for row in found) >= 38
     assert 1.2 < np.median([row["ratio"] for row in found]) < 1.3
-    assert sum(row["interval"][0] <= 1.25 <= row["interval"][1] for row in found) >= 55
+    assert sum(row["interval"][0] <= 1.25 <= row["interval"][1] for row in found) >= 36
 
 
 def test_a_machine_that_slows_down_is_no_finding():
