@@ -154,7 +154,7 @@ def run(folder: Path, *words: str, env: dict | None = None) -> tuple[int, str, s
 
 def test_each_way_to_be_worse_is_named(repo, tmp_path):
     out = tmp_path / "out.json"
-    words = ["--cases=gate_cases.py", "--gates=time,launches", "--only=e n,w,h n,s n", "--rounds=60", f"--out={out}"]
+    words = ["--cases=gate_cases.py", "--gates=time,launches", "--only=e n,w,h n,s n", "--rounds=30", f"--out={out}"]
     code, told, err = run(repo, "good", "HEAD", *words)
     assert code == 1, told + err
     lines = {line.split("op=")[1].split()[0]: line for line in told.splitlines() if line.startswith("WORSE")}
@@ -174,27 +174,6 @@ def test_each_way_to_be_worse_is_named(repo, tmp_path):
     assert 1.25 < rows["slow"]["ratio"] < 2
     assert written["meta"]["base"] == git(repo, "rev-parse", "good").strip() and written["meta"]["cpu"]
     assert len(written["findings"]) == 5
-
-
-def test_the_working_tree_as_it_is(repo):
-    """An uncommitted change and a file git does not know, in src/; neither the index nor the files are touched."""
-    git(repo, "checkout", "--quiet", "good")
-    git(repo, "mv", "tiny", "src")
-    git(repo, "reset", "--quiet", "--hard")
-    (repo / "src").mkdir()
-    (repo / "tiny").rename(repo / "src" / "tiny")
-    write(
-        repo,
-        {
-            "src/tiny/unknown.py": "",
-            "src/tiny/ops.py": "from . import unknown\n" + OPS + "slow = lambda x: x.clone().sum()\n",
-        },
-    )
-    before = git(repo, "status", "--porcelain")
-    code, told, err = run(repo, "HEAD", ".", "--cases=gate_cases.py", "--only=same,slow", "--gates=launches")
-    assert code == 1, told + err
-    assert "op=slow" in told and "aten.clone" in told and "1 worse, 2 compared" in told
-    assert git(repo, "status", "--porcelain") == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -241,22 +220,20 @@ def test_a_build_is_kept_for_its_commit(repo, tmp_path, monkeypatch):
             pass
 
 
-def test_code_that_is_not_of_the_commits_is_refused(repo, tmp_path):
+@pytest.mark.parametrize(
+    ("imports", "says"),
+    [("", "import nothing of this repository"), ("import beside", "runs .*/downstream/beside.py, which is not of its")],
+)
+def test_code_that_is_not_of_the_commits_is_refused(repo, tmp_path, imports, says):
     """Else both sides would run the same code and nothing could ever be found."""
-    row = '{"op": "o", "shape": "s", "backend": "b", "tolerance": 1, "make": lambda: (list, list)}'
-    write(tmp_path, {"none.py": f"def cases(device):\n    return [{row}]\n"})
-    code, _, err = run(repo, "good", "HEAD", f"--cases={tmp_path / 'none.py'}", "--gates=launches")
-    assert code == 2 and "import nothing of this repository" in err
     write(repo, {"beside.py": ""})
-    write(
-        tmp_path,
-        {"cases.py": f"import sys\nsys.path.append({str(repo)!r})\nimport beside\ndef cases(device): return []"},
-    )
+    cases = tmp_path / "cases.py"
+    cases.write_text(f"import sys\nsys.path.append({str(repo)!r})\n{imports}\ndef cases(device): return []\n")
     side = Side("head", "HEAD", "0" * 40, "", tmp_path / "tmp")
-    with Process(side, tmp_path / "cases.py", "cpu", threads=1, timeout=60) as process:
+    with Process(side, cases, "cpu", threads=1, timeout=60) as process:
         process.ask("hello")
-        with pytest.raises(UsageError, match=r"runs .*/downstream/beside.py, which is not of its commit"):
-            require_own_code(process, tmp_path / "cases.py", repo)
+        with pytest.raises(UsageError, match=says):
+            require_own_code(process, cases, repo)
 
 
 @pytest.mark.parametrize(
@@ -277,16 +254,19 @@ def test_a_wrong_call_is_told_what_is_right(repo, words, says):
 
 
 def test_the_example_of_a_downstream_repository(tmp_path):
-    """Its files in a repository of their own, the workflow's words; with its op called twice the gate is closed."""
+    """Its files in a repository of their own, the workflow's words; with its op called twice the gate is closed.
+
+    HEAD is the working tree as it is: the module in src/ now, a change and a file that git does not know."""
     folder = tmp_path / "project"
     shutil.copytree(BENCH.parent / "examples" / "regression_gate", folder)
     (tmp_path / "tmp").mkdir()
     git(folder, "init", "--quiet", "--initial-branch=main")
     commit(folder)
     text = (folder / "downstream.py").read_text()
-    write(
-        folder, {"downstream.py": text + "\n\nonce = smooth\n\n\ndef smooth(x):\n    return (once(x) + once(x)) / 2\n"}
-    )
+    (folder / "downstream.py").unlink()
+    twice = "\n\nonce = smooth\n\n\ndef smooth(x):\n    return (once(x) + once(x)) / 2\n"
+    write(folder, {"src/downstream.py": "import unknown\n" + text + twice, "src/unknown.py": ""})
+    before = git(folder, "status", "--porcelain")
     workflow = (folder / ".github" / "workflows" / "speed.yml").read_text()
     words = next(line for line in workflow.splitlines() if "bench ab" in line).partition("HEAD ")[2].split()
     installed = {"PYTHONPATH": str(BENCH.parent)}  # as pip install would
@@ -294,6 +274,7 @@ def test_the_example_of_a_downstream_repository(tmp_path):
     assert code == 1, told + err
     for tokens in (49, 197):
         assert f"WORSE launches: op=smooth shape=b1-l{tokens}-d64 backend=cpu dispatched operators" in told
+    assert git(folder, "status", "--porcelain") == before
 
 
 @pytest.mark.slow
