@@ -122,7 +122,7 @@ def main() -> None:
     base = git(repo, "rev-parse", "HEAD")
     experiments = {"A against A": [], f"A against A with {args.planted} % more in the forward scan": []}
     meta = {
-        "command": shlex.join(["python -m bench.ab_power", *sys.argv[1:]]), "commit": base,
+        "command": shlex.join(["python", "-m", "bench.ab_power", *sys.argv[1:]]), "commit": base,
         "date": time.strftime("%Y-%m-%d"), "threshold": options.limit, "alpha": options.alpha,
         "rounds": options.rounds, **machine.describe(args.device),
     }  # fmt: skip

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.process import Process, WorkerFailed
-from bench.worktrees import Side, interrupted_afterwards
+from bench.worktrees import Side, git, interrupted_afterwards
 
 MORE_INSTRUCTIONS = 1.01  # head by base: counts are exact, this only lets a few instructions outside the loops pass
 RESOURCES = ("registers", "stack", "static_shared", "shared", "spill_bytes")
+PACKAGE = "endomamba"
 TRITON_TOOL = Path("tools", "triton_resources.py")
 SWITCH = Path(__file__).with_name("callgrind_switch.c")
 
@@ -64,14 +65,15 @@ def more_launched(base: dict[str, int], head: dict[str, int], what: str) -> str 
 
 
 def triton_resources(side: Side, target: str, cache: Path) -> dict[str, list[int] | str]:
-    """row -> numbers, in the order of the tool's columns, from the side's own tool; kept by tree and Triton."""
-    if not (side.path / TRITON_TOOL).exists():
+    """row -> numbers, in the order of the tool's columns, from the side's own tool; kept by what goes in."""
+    if not (side.path / TRITON_TOOL).exists() or not (side.path / PACKAGE).is_dir():
         raise Skipped(f"{side} has no {TRITON_TOOL}")
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         raise Skipped("Triton is not installed") from None
-    return kept(cache / "triton", [side.tree, version, target], lambda: compile_triton(side, target))
+    inputs = git(side.path, "rev-parse", f"HEAD:{PACKAGE}", f"HEAD:{TRITON_TOOL}")
+    return kept(cache / "triton", [inputs, version, target], lambda: compile_triton(side, target))
 
 
 def compile_triton(side: Side, target: str) -> dict:
