@@ -57,7 +57,11 @@ def main(args: argparse.Namespace) -> int:
         print("bench ab: interrupted; no worktree and no process is left", file=sys.stderr)
         return 130
     if args.out:
-        meta = {"command": shlex.join(["python", "-m", "bench", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"), **about}
+        meta = {
+            "command": shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
+            "date": time.strftime("%Y-%m-%d"),
+            **about,
+        }
         found = {"findings": [vars(finding) for finding in report.findings], "notes": report.notes}
         args.out.write_text(json.dumps({"meta": meta, "rows": report.rows, **found}, indent=1) + "\n")
     print(f"{len(report.findings)} worse, {len(report.rows)} compared, {time.perf_counter() - start:.0f} s")
