@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 
 import endomamba
+from bench import cases as shapes
+from bench.worker import cold_events
 from endomamba.models import create_model
 from endomamba.ops import bidirectional_scan, selective_scan
 from endomamba.ops._triton import INTERPRET
@@ -42,12 +44,9 @@ FLAGS = {
 }  # fmt: skip
 
 # (b, l): bar of the forward, of the backward, as a ratio to mamba-ssm's time; None: not asked for
-BOTH = {(768, 49): (11, 10), (768, 197): (5, 5), (128, 197): (4, 4), (16, 197): (2.5, 2.5), (48, 3137): (4, None)}
-CAUSAL = {(48, 784): (3.9, 4.5), (48, 3152): (4.5, 4.5), (1, 3152): (2, 3)}
-D, N = 768, 16
-OTHER = [  # d, n, dtype
-    (384, 16, "bf16"), (1152, 16, "bf16"), (768, 8, "bf16"), (768, 64, "bf16"), (768, 16, "fp32"), (768, 16, "fp16"),
-]  # fmt: skip
+BOTH = dict(zip(shapes.BOTH_WAYS, ((11, 10), (5, 5), (4, 4), (2.5, 2.5), (4, None)), strict=True))
+CAUSAL = dict(zip(shapes.CAUSAL, ((3.9, 4.5), (4.5, 4.5), (2, 3)), strict=True))
+D, N = shapes.CHANNELS["small"], shapes.STATES
 
 
 class Bench:
@@ -95,16 +94,10 @@ class Bench:
         for call in variants.values():
             call()
         events = {name: [] for name in variants}
-        for i in range(rounds):
+        for _ in range(rounds):
             for name, call in variants.items():
-                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                if repeat == 1:
-                    self.flush.fill_(i)
-                torch.cuda._sleep(int(3000 * host[name]) + 20_000)  # cycles: at least 1.5 times what the host needs
-                begin.record()
-                call()
-                end.record()
-                events[name].append((begin, end))
+                cycles = int(3000 * host[name]) + 20_000  # at least 1.5 times what the host needs
+                events[name].append(cold_events(call, self.flush if repeat == 1 else None, cycles))
             torch.cuda.synchronize()
         return {
             name: summary([1e3 * begin.elapsed_time(end) / repeat for begin, end in pairs])
@@ -627,7 +620,7 @@ def cases() -> dict[str, Callable[[Bench], list[dict]]]:
         )
     for (b, l), bars in CAUSAL.items():
         found[f"causal-{b}x{l}"] = lambda bench, b=b, l=l, bars=bars: timed(bench, b, l, D, N, "bf16", False, bars)
-    for d, n, dtype in OTHER:
+    for d, n, dtype in shapes.OTHER:
         for both, b, l in ((True, 128, 197), (False, 48, 784)):
             name = f"{'both' if both else 'causal'}-{b}x{l}-d{d}-n{n}-{dtype}"
             found[name] = lambda bench, b=b, l=l, d=d, n=n, dtype=dtype, both=both: timed(

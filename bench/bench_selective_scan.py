@@ -20,17 +20,12 @@ from pathlib import Path
 import torch
 
 import endomamba
+from bench.cases import ON_A_CPU
 from endomamba.ops import selective_scan
 from endomamba.ops._extension import C as _C
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "cpu_selective_scan.json"
-SHAPES = {  # (b, l, d, n), from the models of reference/endomamba: one frame, a clip's spatial and temporal scan
-    "one frame, small": (1, 197, 768, 16),
-    "16 frames spatial, small": (16, 197, 768, 16),
-    "16 frames temporal, small": (1, 3152, 768, 16),
-    "one frame, tiny": (1, 197, 384, 16),
-}
 
 
 def scalar_loop():
@@ -138,7 +133,7 @@ def main():
     torch.set_num_threads(args.threads)
     loop = scalar_loop()
     rows = []
-    for name, shape in SHAPES.items():
+    for name, shape in ON_A_CPU.items():
         b, l, d, n = shape
         times, errors = bench_shape(shape, args.rounds, loop)
         for provider, t in times.items():

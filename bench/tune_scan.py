@@ -18,12 +18,13 @@ from types import SimpleNamespace
 import torch
 
 from bench.bench_gpu import Bench, about
+from bench.cases import CHANNELS, LAUNCH_CHOICES, STATES
 from endomamba.ops import _scan_triton, _scan_triton_table
 from endomamba.ops._scan import Direction
 
 RESULT = Path(__file__).parent / "results" / "h200_scan_tuning.json"
-SHAPES = ((768, 49), (48, 784), (128, 197), (1, 3152))
-D, N = 768, 16
+SHAPES = LAUNCH_CHOICES
+D, N = CHANNELS["small"], STATES
 PROCESSORS = 132  # of the GPU whose shapes these are; only tells many sequences from few
 CHOICES = {
     "FWD": [dict(W=W, T=T) for W in (1, 2, 4) for T in (4, 8)],

@@ -1,0 +1,146 @@
+"""How often the gate is wrong on this machine: unchanged code against itself, and against a kernel made slower.
+
+    python -m bench.ab_power [--runs 50] [--planted 25] [--only PATTERNS]
+    python -m bench.ab_power --device cuda --runs 20 --planted 10 --only 'selective_scan small-l3152'
+
+Every run is the gate of `python -m bench ab` with processes of its own; the worktrees are built once.  Writes
+bench/results/{cpu,cuda}_ab_power.json after each run, alarms and misses of a noisy minute included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from bench import machine
+from bench.ab import CASES
+from bench.gate import Gate
+from bench.pair import Options
+from bench.process import WorkerFailed
+from bench.worktrees import Side, checkouts, commit_with, common_dir, git, toplevel
+
+HERE = Path(__file__).parent
+KERNEL = "csrc/cpu/scan_fwd.cpp"
+WHOLE = "[&](int64_t task) { forward_task(a, task / blocks, task % blocks * kForwardBlock); });"
+AGAIN = """[&](int64_t task) {{
+                 forward_task(a, task / blocks, task % blocks * kForwardBlock);
+                 if (task * {percent} / 100 != (task + 1) * {percent} / 100)
+                   forward_task(a, task / blocks, task % blocks * kForwardBlock);
+               }});"""
+
+
+GPU_FILE = "endomamba/ops/_scan_triton.py"
+GPU_MORE = """
+
+_scan_fwd_alone = scan_fwd
+
+
+def scan_fwd(*args, **kwargs):
+    found = _scan_fwd_alone(*args, **kwargs)
+    torch.cuda._sleep({cycles})
+    return found
+"""
+
+
+def planted(repo: Path, base: str, percent: int) -> str:
+    """A commit whose forward scan does `percent` more work on a CPU: it walks so many channel blocks twice."""
+    text = git(repo, "show", f"{base}:{KERNEL}") + "\n"
+    if text.count(WHOLE) != 1:
+        raise SystemExit(f"ab_power: {KERNEL} no longer has the line to plant at: {WHOLE}")
+    return commit_with(repo, base, {KERNEL: text.replace(WHOLE, AGAIN.format(percent=percent))})
+
+
+def planted_on_gpu(repo: Path, base: str, percent: int, run: dict, device: str) -> str:
+    """A commit whose forward scan keeps the GPU `percent` of the first measured case longer, at its highest clock."""
+    (clock,) = machine.gpu_query(("clocks.max.sm",), device).values()
+    cycles = int(run["cases"][0]["base_us"] * percent / 100 * float(clock.split()[0]))
+    text = git(repo, "show", f"{base}:{GPU_FILE}") + "\n"
+    return commit_with(repo, base, {GPU_FILE: text + GPU_MORE.format(cycles=cycles)})
+
+
+def one_run(sides: tuple[Side, Side], options: Options, only: str, repo: Path) -> dict:
+    start, load = time.perf_counter(), os.getloadavg()[0]
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            gate = Gate(sides, options, repo, common_dir(repo) / "bench-ab", ("time",), only)
+            gate.run()
+        except (machine.Refused, WorkerFailed) as error:
+            return {"error": str(error)}
+    keys = ("case", "ratio", "interval", "verdict", "rounds", "base_us", "again")
+    return {
+        "alarms": [finding.op for finding in gate.report.findings],
+        "seconds": round(time.perf_counter() - start, 1), "load": round(load, 2),
+        "cases": [{key: row[key] for key in keys if key in row} for row in gate.report.rows],
+    }  # fmt: skip
+
+
+def summary(runs: list[dict], op: str) -> dict:
+    valid = [run for run in runs if "alarms" in run]
+    ratios = [case["ratio"] for run in valid for case in run["cases"] if case["case"].startswith(f"{op} ")]
+    return {
+        "runs": len(runs), "refused": len(runs) - len(valid), "alarmed": sum(bool(run["alarms"]) for run in valid),
+        f"caught_{op}": sum(op in run["alarms"] for run in valid),
+        "ratio_median": round(statistics.median(ratios), 3) if ratios else None,
+        "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)] if ratios else None,
+        "seconds_median": statistics.median(run["seconds"] for run in valid) if valid else None,
+        "load_range": [min(run["load"] for run in valid), max(run["load"] for run in valid)] if valid else None,
+        "first_alarms_not_confirmed": sum(
+            case["verdict"] == "not confirmed" for run in valid for case in run["cases"]
+        ),
+    }  # fmt: skip
+
+
+def write(path: Path, meta: dict, found: dict, experiments: dict[str, list[dict]]) -> None:
+    """One run a line."""
+    head = json.dumps({"meta": meta, "summary": found}, indent=1).removesuffix("\n}")
+    lines = [
+        f"  {json.dumps(name)}: [\n   " + ",\n   ".join(map(json.dumps, runs)) + "\n  ]"
+        for name, runs in experiments.items()
+    ]
+    path.write_text(f'{head},\n "runs": {{\n' + ",\n".join(lines) + "\n }\n}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=50)
+    parser.add_argument("--planted", type=int, default=25, metavar="PERCENT")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", default="selective_scan small-l197", metavar="PATTERNS", help="cases, as for ab")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    kind = args.device.partition(":")[0]
+    out = args.out or HERE / "results" / f"{kind}_ab_power.json"
+    repo, options = toplevel(Path.cwd()), Options(CASES, device=args.device)
+    base = git(repo, "rev-parse", "HEAD")
+    experiments = {"A against A": [], f"A against A with {args.planted} % more in the forward scan": []}
+    meta = {
+        "command": shlex.join(["python", "-m", "bench.ab_power", *sys.argv[1:]]), "commit": base,
+        "date": time.strftime("%Y-%m-%d"), "threshold": options.limit, "alpha": options.alpha,
+        "rounds": options.rounds, **machine.describe(args.device),
+    }  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        same = stack.enter_context(checkouts(repo, base, base, None, None))
+        if kind == "cpu":
+            slow = planted(repo, base, args.planted)
+        else:
+            slow = planted_on_gpu(repo, base, args.planted, one_run(same, options, args.only, repo), args.device)
+        other = stack.enter_context(checkouts(repo, base, slow, None, None))
+        for number in range(args.runs):
+            for (name, runs), sides in zip(experiments.items(), (same, other)):
+                runs.append(one_run(sides, options, args.only, repo))
+                print(f"{number + 1:3} {name}: {runs[-1]}", flush=True)
+            found = {name: summary(runs, "selective_scan") for name, runs in experiments.items()}
+            write(out, meta, found, experiments)
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""The driver that counts the gate's errors: what it plants, and how it counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bench import ab_power
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("percent", [5, 10, 25])
+def test_the_planted_line_is_there_and_repeats_that_much(percent):
+    assert (ROOT / ab_power.KERNEL).read_text().count(ab_power.WHOLE) == 1
+    assert f"task * {percent} / 100 != (task + 1) * {percent} / 100" in ab_power.AGAIN.format(percent=percent)
+    assert sum(task * percent // 100 != (task + 1) * percent // 100 for task in range(2000)) == 20 * percent
+
+
+def test_the_function_planted_on_a_gpu_is_looked_up_by_name():
+    """Its replacement at the end of the module is what runs."""
+    assert "\ndef scan_fwd(" in (ROOT / ab_power.GPU_FILE).read_text()
+    compile(ab_power.GPU_MORE.format(cycles=1000), "planted", "exec")
+    assert '"_scan_triton", "scan_fwd"' in (ROOT / "endomamba" / "ops" / "selective_scan" / "op.py").read_text()
+
+
+def test_runs_are_counted():
+    case = {"case": "scan small cpu", "ratio": 1.2, "verdict": "slower"}
+    found = ab_power.summary(
+        [
+            {"alarms": ["scan"], "seconds": 9.0, "load": 2.0, "cases": [case]},
+            {
+                "alarms": ["conv"],
+                "seconds": 11.0,
+                "load": 1.0,
+                "cases": [case | {"verdict": "not confirmed", "ratio": 1.1}],
+            },
+            {"alarms": [], "seconds": 10.0, "load": 3.0, "cases": [case | {"verdict": "fine", "ratio": 1.0}]},
+            {"error": "refused"},
+        ],
+        "scan",
+    )
+    assert found == {
+        "runs": 4, "refused": 1, "alarmed": 2, "caught_scan": 1, "ratio_median": 1.1, "ratio_range": [1.0, 1.2],
+        "seconds_median": 10.0, "load_range": [1.0, 3.0], "first_alarms_not_confirmed": 1,
+    }  # fmt: skip

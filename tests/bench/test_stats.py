@@ -1,0 +1,115 @@
+"""The statistics of the gate on made-up times: of a quiet machine, and of one that others use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from bench import pair, stats
+from bench.pair import Options
+
+
+class MadeUp:
+    """In place of a Pair: a machine in one of two states, 1.7 apart, that lasts a few calls; jitter; a rare hiccup.
+
+    As times of one op on a virtual machine with two cores that others use too.
+    """
+
+    def __init__(self, slower: float, seed: int, drift: float = 0.0):
+        self.slower, self.random, self.drift, self.calls = slower, np.random.default_rng(seed), drift, 0
+
+    def slice(self, calls: int, factor: float) -> list[float]:
+        state = 1.7 if self.random.random() < 0.6 else 1.0
+        times = 450 * factor * state * np.exp(0.08 * self.random.standard_normal(calls))
+        self.calls += calls
+        return list((times + 4000 * (self.random.random(calls) < 0.02)) * (1 + self.drift) ** self.calls)
+
+    def both(self, do: str, name: str, calls: int) -> tuple:
+        return {"us": self.slice(calls, 1.0)}, {"us": self.slice(calls, self.slower)}
+
+    def round(self, name: str, calls: int, warm: bool) -> tuple[list[float], list[float]]:
+        one = self.slice(calls, 1.0)
+        two = self.slice(calls, self.slower) + self.slice(calls, self.slower)
+        return one + self.slice(calls, 1.0), two
+
+
+def verdicts(slower: float, runs: int, **more) -> list[dict]:
+    options = Options(Path("no cases"))
+    return [pair.measure(MadeUp(slower, seed, **more), "made up", options, cases=3) for seed in range(runs)]
+
+
+def test_unchanged_code_is_hardly_ever_slower():
+    found = verdicts(1.0, 40)
+    assert sum(row["verdict"] == "slower" for row in found) == 0
+    assert sum(row["verdict"] == "fine" for row in found) >= 38
+
+
+def test_a_quarter_slower_is_found():
+    found = verdicts(1.25, 40)
+    assert sum(row["verdict"] == "slower" for row in found) >= 38
+    assert 1.2 < np.median([row["ratio"] for row in found]) < 1.3
+    assert sum(row["interval"][0] <= 1.25 <= row["interval"][1] for row in found) >= 36
+
+
+def test_a_machine_that_slows_down_is_no_finding():
+    """Both sides drift alike; a base measured first and a head measured last would differ by 2.7 times here."""
+    found = verdicts(1.0, 15, drift=2e-4)
+    assert not [row for row in found if row["verdict"] == "slower"]
+
+
+def test_a_case_near_the_threshold_gets_all_rounds_and_stays_undecided():
+    row = pair.measure(MadeUp(1.10, 0), "made up", Options(Path("no cases"), rounds=120), cases=1)
+    assert row["verdict"] == "undecided" and row["rounds"] == 120
+
+
+def test_long_cases_stop_after_their_seconds():
+    row = pair.measure(MadeUp(1.10, 0), "made up", Options(Path("no cases"), seconds=0.0), cases=1)
+    assert row["rounds"] == 30
+
+
+def test_throttling_is_refused(monkeypatch):
+    from bench import machine
+
+    monkeypatch.setattr(machine, "slowed_down", lambda device: ["too hot (driver)"])
+    with pytest.raises(machine.Refused, match="too hot"):
+        pair.measure(MadeUp(1.0, 0), "made up", Options(Path("no cases"), device="cuda"), cases=1)
+
+
+def test_the_same_numbers_every_time():
+    ratios = np.random.default_rng(3).lognormal(0.1, 0.2, 40)
+    assert stats.bootstrap(ratios, 0.01) == stats.bootstrap(ratios, 0.01)
+    assert stats.bootstrap(ratios, 0.01) != stats.bootstrap(ratios, 0.01, seed=1)
+
+
+def test_interval_narrows_and_widens():
+    ratios = np.random.default_rng(3).lognormal(0.0, 0.1, 400)
+    wide, narrow = stats.bootstrap(ratios[:40], 0.01), stats.bootstrap(ratios, 0.01)
+    assert wide.low < narrow.low < 1 < narrow.high < wide.high
+    surer = stats.bootstrap(ratios, 0.001)
+    assert surer.low < narrow.low and narrow.high < surer.high
+
+
+def test_pairs_cancel_what_both_sides_see():
+    speed = np.random.default_rng(0).uniform(1, 3, 50)
+    base = [[100 * s, 101 * s, 99 * s, 400 * s] for s in speed]  # the last call was disturbed
+    head = [[125 * s, 126.25 * s, 123.75 * s, 130 * s] for s in speed]
+    np.testing.assert_allclose(stats.paired_ratios(base, head), 1.25, rtol=1e-2)
+    with pytest.raises(ValueError, match="shorter"):
+        stats.paired_ratios(base, head[:-1])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "says"), [(1.11, 1.3, "slower"), (0.9, 1.09, "fine"), (1.05, 1.2, "undecided")]
+)
+def test_verdict(low, high, says):
+    assert stats.verdict(SimpleNamespace(low=low, high=high), 1.10) == says
+
+
+@pytest.mark.parametrize(
+    ("rounds", "says"), [(480, [30, 60, 120, 240, 480]), (100, [30, 60, 100]), (30, [30]), (7, [7])]
+)
+def test_looks_double(rounds, says):
+    assert stats.looks(rounds) == says
