@@ -1028,10 +1028,10 @@ def test_programs_share_the_chunks_of_all_sequences(reverse, backend, monkeypatc
 
 
 TWO_CHANNELS = {
-    "reverse-mask": dict(l=11, reverse=True, mask=[[True, False, True] + 7 * [True] + [False], 11 * [True]]),
-    "packed": dict(b=1, l=13, seqs=2, cu_seqlens=[0, 6, 13], max_seqlen=7, absent=("z",)),
+    "reverse-mask": dict(l=7, reverse=True, mask=[[True, False, True, True, True, True, False], 7 * [True]]),
+    "packed": dict(b=1, l=9, seqs=2, cu_seqlens=[0, 4, 9], max_seqlen=5, absent=("z",)),
     "constant-odd-states": dict(l=6, constant="BC", n=3),
-    "two-launches": dict(l=6, n=20),
+    "two-launches": dict(l=3, n=17),
     "groups-in-time": dict(d=128, l=6, g=2, order="time", frames=3),
     "both-ways": dict(l=6, directions=2),
 }
@@ -1050,7 +1050,7 @@ def test_two_channels_a_lane(form, backend, monkeypatch):
     inputs |= {k: torch.tensor(v, device=on.DEVICE) for k, v in inputs.items() if isinstance(v, list)}
     check_accuracy(inputs, backend)
     assert {found["CH"] for found in seen} == {2}, "a lane had one channel"
-    if form == "two-launches":
+    if form == "constant-odd-states":
         seen.clear()
         odd = torch.empty(2, 6, 65, dtype=torch.float16, device=inputs["x"].device)[..., 1:].copy_(inputs["x"])
         check_accuracy(inputs | {"x": odd}, backend)
