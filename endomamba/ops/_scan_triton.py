@@ -16,11 +16,13 @@ import triton
 from torch import Tensor
 
 from ._scan import CHUNK, Direction, chunk_states_shape, empty
-from ._scan_triton_bwd import CUT, _scan_adjoint_kernel, _scan_bwd_kernel
+from ._scan_triton_adjoint import _scan_adjoint_kernel
+from ._scan_triton_bwd import _scan_bwd_kernel
 from ._scan_triton_fwd import _scan_carry_kernel, _scan_fwd_kernel
 from ._scan_triton_sums import _combine_kernel, _scan_sums_kernel
 from ._scan_triton_table import APART, BWD, BWD_TWO, FWD, SPLIT
 from ._triton import ASM, INTERPRET, AotCase, meta, on_device
+from ._triton_lane_sums import CUT
 from ._triton_scan import LANE_CHANNELS
 from ._triton_shared import shared_asm
 
