@@ -74,7 +74,8 @@ def project_backward(
     ddt_low = ddt @ side.dt_proj_weight.to(u.dtype)
     dprojected = torch.cat((ddt_low, dB.squeeze(2), dC.squeeze(2)), dim=-1)
     dx_proj = dprojected.flatten(0, 1).mT @ u.flatten(0, 1)
-    du = torch.addmm(du.flatten(0, 1), dprojected.flatten(0, 1), side.x_proj_weight.to(u.dtype)).view_as(u)
+    # in place, du is the scan's own output: out of place it would be copied first
+    du = du.flatten(0, 1).addmm_(dprojected.flatten(0, 1), side.x_proj_weight.to(u.dtype)).view_as(u)
     return du, dx_proj.to(side.x_proj_weight.dtype), ddt_proj.to(side.dt_proj_weight.dtype)
 
 
