@@ -290,11 +290,16 @@ def _programs(seqs: int, tokens: int, blocks: int, device: torch.device, per_sm:
     return triton.cdiv(seqs, whole), False
 
 
-def _backward_table(call: _Call, side: Direction, dy: Tensor, dz: Tensor, piece: int) -> dict:
-    """BWD_TWO where a lane can have two channels, which are loaded as one 32-bit word, and all lanes have work."""
+def _backward_table(call: _Call, side: Direction, dy: Tensor, dz: Tensor, plan: str) -> dict:
+    """BWD_TWO where a lane can have two channels, which are loaded as one 32-bit word, and all lanes have work.
+
+    That adds the channels' parts of dB and dC in another order, so the invariant plan never has it.
+    """
     two = BWD_TWO
     warps = call.seqs * (call.d // (2 * LANE_CHANNELS))
-    if piece or side.x.dtype == torch.float32 or warps < two["least"] * _processors(call.device):
+    if plan == "invariant" or _piece(call, plan):
+        return BWD
+    if side.x.dtype == torch.float32 or warps < two["least"] * _processors(call.device):
         return BWD
     groups = next((t.shape[2] for t in (side.B, side.C) if t.ndim == 4), 1)
     if call.d // groups % (2 * LANE_CHANNELS * two["W"]):
@@ -308,12 +313,12 @@ def _backward_table(call: _Call, side: Direction, dy: Tensor, dz: Tensor, piece:
 def _backward_launch(
     call: _Call, side: Direction, first: int, states: int, dy: Tensor, grads: tuple[Tensor, ...], dz: Tensor,
     y: Tensor | None, chunk: Tensor, dfinal: Tensor | None, parked: tuple, add: bool, park: bool,
-    sums: tuple | None, scale: float, piece: int, max_seqlen: int,
+    sums: tuple | None, scale: float, plan: str, max_seqlen: int,
 ) -> None:  # fmt: skip
     x = side.x
     f32, device = torch.float32, x.device
     dx, ddt, dA, dB, dC, dD, ddt_bias, dstate = grads
-    table = _backward_table(call, side, dy, dz, piece)
+    table, piece = _backward_table(call, side, dy, dz, plan), _piece(call, plan)
     T, CH, W = table["T"], table["CH"], table["W"]
     args = _shared_arguments(call, side, first, states, CH * W)
     groups = args["GROUPS"]
@@ -439,7 +444,7 @@ def scan_bwd(
                         call, side, first, states, dy, present, dz, y, chunk, _states(dfinal),
                         parked if both is None else (both[turn], None), parked[0] is not None and turn > 0,
                         both is not None or (parked[0] is not None and turn < launches - 1),
-                        None if sums is None else (*sums, i > 0, i < len(parts) - 1), scale, _piece(call, plan),
+                        None if sums is None else (*sums, i > 0, i < len(parts) - 1), scale, plan,
                         max_seqlen,
                     )  # fmt: skip
                 turn += 1

@@ -1055,3 +1055,20 @@ def test_two_channels_a_lane(form, backend, monkeypatch):
         odd = torch.empty(2, 6, 65, dtype=torch.float16, device=inputs["x"].device)[..., 1:].copy_(inputs["x"])
         check_accuracy(inputs | {"x": odd}, backend)
         assert {found["CH"] for found in seen} == {1}, "a word of two channels is not aligned"
+
+
+@pytest.mark.parametrize("backend", on.SPLITTING)
+def test_the_invariant_plan_has_one_channel_a_lane(backend, monkeypatch):
+    """Two add up dB and dC in another order, and are chosen by the number of sequences."""
+    from endomamba.ops import _scan_triton
+
+    monkeypatch.setitem(_scan_triton.BWD_TWO, "least", 0)
+    table, seen = _scan_triton._backward_table, []
+    monkeypatch.setattr(_scan_triton, "_backward_table", lambda *args: seen.append(table(*args)) or seen[-1])
+    inputs = make(b=3, l=3, d=64, dtype=torch.float16, g=None, plan="invariant")
+    grads = weights((inputs["x"], inputs["initial_state"]))
+    batch = run(inputs, grads, backend=backend)
+    alone = {k: inputs[k][2:] for k in ("x", "dt", "B", "C", "z", "initial_state")}
+    got = run(inputs | alone, [w[2:] for w in grads], backend=backend)
+    assert [found["CH"] for found in seen] == [1, 1]
+    assert_bitwise(got, {k: batch[k][2:] for k in OUTPUTS_OF_A_ROW})
