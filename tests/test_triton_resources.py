@@ -93,6 +93,14 @@ def test_compiled_again(target, tmp_path):
     compare(target, compile_now(target, tmp_path / "now.json", "--quick"), whole=False)
 
 
+@needs_triton
+def test_training_both_ways_compiled_again(tmp_path):
+    """The largest kernels, and the slowest to compile: on one chip, the one that their launch table is of."""
+    rows = compile_now("sm_90", tmp_path / "now.json", "--only=_scan_triton/bwd-both-shared")
+    assert len(rows) == 4
+    compare("sm_90", rows, whole=False)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @needs_triton
