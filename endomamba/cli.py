@@ -9,11 +9,14 @@ import json
 import os
 import platform
 import re
+import signal
 import sys
+import threading
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import urlsplit
 
 from . import __version__
 
@@ -23,16 +26,18 @@ if TYPE_CHECKING:
     from .stream import StreamSession
     from .video import VideoReader
 
-OK, BUG, BAD_INPUT, DAMAGED, VERIFY_FAILED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 3, 4, 130, 141
+OK, BUG, BAD_INPUT, DAMAGED, VERIFY_FAILED, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 3, 4, 130, 141, 143
 
 EXIT_CODES = """exit codes:
   0    all frames were processed
   1    an error that should not happen; --debug shows where
   2    bad usage or bad input, or the output cannot be written
-  3    the video is damaged: what could be decoded was processed and written, the rest is reported
+  3    the video is damaged or its source went away, or the model's output was not finite at some frames: what could be
+       decoded was processed and written, the rest is counted and reported
   4    --verify found that streamed and parallel outputs differ
-  130  Ctrl-C: the lines written so far stay
+  130  Ctrl-C: what was written so far is complete; twice: at once
   141  whoever read the output went away
+  143  SIGTERM, like Ctrl-C
 """
 
 SYNTH_NOTES = """files:
@@ -47,6 +52,9 @@ RANDOM_WEIGHTS = (
 )
 
 
+VIDEO_HELP = "any file that FFmpeg reads, DICOM, a folder of pictures, a camera's number, a URL, a pipe, or - for stdin"
+
+
 class UsageError(Exception):
     """What the user asked for cannot be done.  The message is one sentence."""
 
@@ -55,9 +63,10 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
-    except KeyboardInterrupt:
-        print("endomamba: stopped by Ctrl-C", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        terminated = interrupt.args == ("SIGTERM",)
+        print(f"endomamba: stopped by {'SIGTERM' if terminated else 'Ctrl-C'}", file=sys.stderr)
+        return TERMINATED if terminated else INTERRUPTED
     except BrokenPipeError:
         # Python flushes standard output once more on its way out; it must not fail a second time.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -106,9 +115,9 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=form,
         epilog=EXIT_CODES,
         help="run a video through a model, frame by frame",
-        description="Runs a video (anything FFmpeg reads, or DICOM) through a model and writes one JSON line a frame.",
+        description="Runs a video through a model, frame by frame, and writes one JSON line a frame.",
     )
-    stream.add_argument("video", type=Path)
+    stream.add_argument("video", help=VIDEO_HELP)
     stream.add_argument("--model", default="endomamba_tiny", help="default: %(default)s")
     stream.add_argument("--weights", type=Path, help="a published checkpoint or a safetensors file")
     stream.add_argument("--num-classes", type=_count, help="default: what the weights have, else no head")
@@ -147,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="stream a real medical video, nothing to download",
         description="Streams a real ultrasound clip (it comes with pydicom), or VIDEO, and checks the result.",
     )
-    demo.add_argument("video", type=Path, nargs="?")
+    demo.add_argument("video", nargs="?")
     demo.add_argument(
         "--out", default="endomamba-demo", metavar="DIR", help="default: %(default)s (replaced each time)"
     )
@@ -204,51 +213,88 @@ def _at_least(text: str, least: int) -> int:
 def _stream(args: argparse.Namespace) -> int:
     import torch
 
+    from .sources import open_source
     from .stream import FrameStream, JsonLines, StreamSession, Verifier
-    from .video import NORMALISATIONS, open_video
+    from .video import NORMALISATIONS
 
     if args.threads:
         torch.set_num_threads(args.threads)
     # Text goes to stderr where stdout carries the lines.
     text = io.StringIO() if args.quiet else sys.stderr if args.out == "-" else sys.stdout
     device = _device(args.device, text)
-    open_video(args.video).close()  # a bad file is refused before the model is built
-    model, trained = _model(args, text)
-    model.to(device)
-    camera = FrameStream(model, **NORMALISATIONS[args.normalise])
-    camera.warm_up()
-    with open_video(args.video, model.config.img_size) as reader, _lines(args, JsonLines) as lines:
-        verifier = Verifier(model) if args.verify else None
-        session = StreamSession(camera, reader, lines.write, verifier=verifier)
-        _header(text, args, reader, model, device, trained)
-        ended = False
-        try:
-            with _Progress(args, reader.info.frames) as progress:
-                session.run(args.max_frames, progress)
-            ended = True
-        finally:
-            summary = session.summary()
-            _write_summary(lines.path, summary)
-            if session.frames or ended:
-                print(_report(summary, session, lines.path), file=text, flush=True)
-        return _verdict(reader, session)
+    with _Signals() as signals, open_source(args.video) as reader:  # a bad file is refused before the model is built
+        model, trained = _model(args, text)
+        model.to(device)
+        camera = FrameStream(model, **NORMALISATIONS[args.normalise])
+        camera.warm_up()
+        reader.show(model.config.img_size)
+        with _lines(args, JsonLines) as lines:
+            verifier = Verifier(model) if args.verify else None
+            session = StreamSession(camera, reader, lines.write, verifier=verifier, report=_say)
+            _header(text, args, reader, model, device, trained)
+            signals.session = session
+            ended = False
+            try:
+                with _Progress(args, reader.info.frames) as progress:
+                    session.run(args.max_frames, progress)
+                ended = True
+            finally:
+                summary = session.summary()
+                _write_summary(lines.path, summary)
+                if summary["decoded"] or ended:
+                    print(_report(summary, session, lines.path), file=text, flush=True)
+            return _verdict(reader, session, signals)
 
 
-def _verdict(reader: VideoReader, session: StreamSession) -> int:
-    """Exit code of a run that ended by itself, and the sentence that goes with it."""
+def _say(sentence: str) -> None:
+    print(f"endomamba: {sentence}", file=sys.stderr, flush=True)
+
+
+class _Signals:
+    """SIGINT and SIGTERM end a running session after its frame, so that every file is closed; before it runs, and the
+    second time, they raise KeyboardInterrupt."""
+
+    NAMES: ClassVar = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+    def __init__(self) -> None:
+        self.session: StreamSession | None = None
+        self.caught: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in self.NAMES}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.session is None or self.caught is not None:
+            raise KeyboardInterrupt(self.NAMES[signal.Signals(number)])
+        self.caught = number
+        self.session.stop(f"by {self.NAMES[signal.Signals(number)]}")
+
+
+def _verdict(reader: VideoReader, session: StreamSession, signals: _Signals) -> int:
+    """Exit code of a run that came to an end in order, and the sentence that goes with it."""
     code = OK
     if reader.damage:
-        print(
-            f"endomamba: {reader.path} is damaged: {reader.damage}.  "
-            f"{session.frames} frames were processed and written",
-            file=sys.stderr,
-        )
+        _say(f"{reader.path} is damaged: {reader.damage}.  {session.frames} frames were processed and written")
         code = DAMAGED
-    elif not session.frames:
+    elif session.not_finite:
+        total = session.frames + session.not_finite
+        _say(f"the model's output was not finite at {session.not_finite} of {total} frames, which left no trace")
+        code = DAMAGED
+    elif not session.frames and signals.caught is None:
         raise UsageError(f"{reader.path} holds no frame")
     if session.verifier is not None and not session.verifier.passed:
-        print("endomamba: verify failed: streamed and parallel outputs differ", file=sys.stderr)
+        _say("verify failed: streamed and parallel outputs differ")
         code = VERIFY_FAILED
+    if signals.caught is not None:
+        _say(f"stopped by {signals.NAMES[signal.Signals(signals.caught)]}")
+        code = 128 + signals.caught
     return code
 
 
@@ -313,10 +359,10 @@ def _lines(args: argparse.Namespace, JsonLines: Any) -> Any:
     if args.out == "-":
         return JsonLines(None)
     if args.out is None:
-        number, path = 1, Path(f"{args.video.stem}.predictions.jsonl")
+        number, path = 1, Path(f"{_stem(args.video)}.predictions.jsonl")
         while path.exists() and not args.overwrite:
             number += 1
-            path = Path(f"{args.video.stem}.predictions-{number}.jsonl")
+            path = Path(f"{_stem(args.video)}.predictions-{number}.jsonl")
     else:
         path = Path(args.out)
         if path.suffix not in (".jsonl", ".json"):
@@ -327,6 +373,15 @@ def _lines(args: argparse.Namespace, JsonLines: Any) -> Any:
         if not path.is_file():
             raise UsageError(f"--out {args.out}: {error.filename} is in the way") from error
         raise UsageError(f"{path} exists already: choose another --out, or replace it with --overwrite") from error
+
+
+def _stem(video: str) -> str:
+    """What the files of a run without --out are called after."""
+    if video == "-":
+        return "stdin"
+    if "://" in video:
+        return Path(urlsplit(video).path).stem or "stream"
+    return f"camera-{video}" if video.isdecimal() and not Path(video).exists() else Path(video).resolve().stem
 
 
 def _header(
@@ -350,15 +405,22 @@ def _header(
     print(file=text, flush=True)
 
 
+_PERCENTILES = ("p50", "p95", "p99", "max")
+
+
 def _report(summary: dict[str, Any], session: StreamSession, path: Path | None) -> str:
     parts = summary["latency"]
     fps = session.reader.info.fps
     speed = f"{summary['frames_per_second']:.1f} frames/s" + (f" (the video plays at {fps:.4g})" if fps else "")
+    counts = ("decoded", "dropped", "not_finite", "lost_to_damage")
     lines = [
         f"stopped  {summary['stopped']}, {summary['frames']} frames, {speed}",
-        "latency  p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms a frame; ".format(**parts["frame"])
-        + "p50 of its parts: "
-        + ", ".join(f"{name} {parts[name]['p50_ms']:.1f}" for name in ("decode", "preprocess", "model")),
+        "frames   " + ", ".join(f"{summary[name]} {name.replace('_', ' ')}" for name in counts),
+        "latency  " + " ".join(f"{name:>10}" for name in ("in ms", *_PERCENTILES)),
+        *(
+            f"         {name:>10} " + " ".join(f"{parts[name][f'{percent}_ms']:10.2f}" for percent in _PERCENTILES)
+            for name in parts
+        ),
         f"state    {summary['state_bytes']:,} bytes carried from frame to frame, the same for a video of any length",
     ]
     if session.changes.points:
@@ -366,10 +428,23 @@ def _report(summary: dict[str, Any], session: StreamSession, path: Path | None) 
             f"change   {session.changes.sparkline()}",
             "         1 - cosine of successive outputs: mean {mean:.1e}, max {max:.1e}".format(**summary["change"]),
         ]
+    if summary["event_count"]:
+        shown = [_event_words(event) for event in summary["events"][:3]]
+        more = summary["event_count"] - len(shown)
+        lines.append("camera   " + "; ".join(shown) + (f"; and {more} more" if more else ""))
     if summary["verify"] is not None:
         lines += _verify_lines(summary["verify"])
     lines.append(f"written  {path if path is not None else 'to standard output'}")
     return "\n".join(lines)
+
+
+def _event_words(event: dict[str, Any]) -> str:
+    """Such as: black from 3.200 s to 4.200 s (26 frames)."""
+    places = [
+        f"frame {event[frame]}" if event[seconds] is None else f"{event[seconds]:.3f} s"
+        for frame, seconds in (("first", "from"), ("last", "to"))
+    ]
+    return f"{event['what']} from {places[0]} to {places[1]} ({event['frames']} frames)"
 
 
 def _verify_lines(verify: dict[str, Any]) -> list[str]:
