@@ -23,7 +23,8 @@ from . import __version__
 if TYPE_CHECKING:
     from torch import nn
 
-    from .stream import StreamSession
+    from .outputs import FolderOutputs
+    from .stream import FrameStream, StreamSession
     from .video import VideoReader
 
 OK, BUG, BAD_INPUT, DAMAGED, VERIFY_FAILED, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 3, 4, 130, 141, 143
@@ -45,6 +46,8 @@ SYNTH_NOTES = """files:
   DIR/VARIANT-SPLIT-SEED.truth.jsonl    a header, then one line a frame: phase, polyps, landmarks, camera
   Both get these names when they are complete, the truth last; a run that is stopped leaves whole videos only.
 """
+
+PICTURE = 960  # pixels, the longer side of the annotated video at most
 
 RANDOM_WEIGHTS = (
     "no --weights: the model is randomly initialised, so labels mean nothing yet.\n"
@@ -105,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
         "endomamba", description="Video models with a memory, frame by frame.", formatter_class=form
     )
     parser.add_argument("--version", action="version", version=f"endomamba {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="{stream,demo,synth,info}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="{stream,features,demo,synth,info}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -117,36 +120,37 @@ def build_parser() -> argparse.ArgumentParser:
         help="run a video through a model, frame by frame",
         description="Runs a video through a model, frame by frame, and writes one JSON line a frame.",
     )
-    stream.add_argument("video", help=VIDEO_HELP)
-    stream.add_argument("--model", default="endomamba_tiny", help="default: %(default)s")
-    stream.add_argument("--weights", type=Path, help="a published checkpoint or a safetensors file")
+    _add_model_options(stream)
     stream.add_argument("--num-classes", type=_count, help="default: what the weights have, else no head")
-    stream.add_argument(
-        "--head", default="mean", choices=("mean", "cls", "classification"), help="how a frame is pooled"
-    )
-    stream.add_argument(
-        "--normalise",
-        default="imagenet",
-        choices=("imagenet", "polypdiag"),
-        help="the mean and std the weights were trained with",
-    )
+    stream.add_argument("--names", type=Path, metavar="FILE", help="names of the classes, one a line")
     stream.add_argument(
         "--out",
         metavar="DIR|FILE.jsonl|-",
-        help="a folder, a .jsonl file, or - for standard output; default: VIDEO's name with .predictions.jsonl, here",
+        help="a folder for predictions.jsonl, summary.json, timeline.png and annotated.mp4; a .jsonl file, or - for "
+        "standard output, for the lines alone; default: VIDEO's name with .predictions.jsonl, here",
     )
-    stream.add_argument("--overwrite", action="store_true", help="replace predictions that are already there")
+    stream.add_argument("--no-video", action="store_true", help="no annotated.mp4: encoding costs time")
     stream.add_argument("--verify", action="store_true", help="check that streamed == parallel; costs a second pass")
-    stream.add_argument("--max-frames", type=_positive, metavar="N", help="stop after N frames")
-    stream.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    stream.add_argument(
-        "--backend", default="auto", choices=("auto", "triton", "cuda", "cpu", "reference"), help="of the ops"
-    )
-    stream.add_argument("--threads", type=_positive, metavar="N", help="CPU threads; default: torch's choice")
-    stream.add_argument(
-        "--quiet", action="store_true", help="no header, no progress, no summary; errors are still shown"
-    )
     stream.set_defaults(run=_stream)
+
+    features = commands.add_parser(
+        "features",
+        parents=[common],
+        formatter_class=form,
+        epilog=EXIT_CODES,
+        help="write a video's features, a vector a frame",
+        description="Runs a video through a model without its head and writes features (frames, channels) fp32, time "
+        "(frames,) in seconds (NaN where a frame has none) and frame (frames,), its number in the source.",
+    )
+    _add_model_options(features)
+    features.add_argument("--out", required=True, metavar="DIR")
+    features.add_argument(
+        "--format",
+        default="safetensors",
+        choices=("safetensors", "npy"),
+        help="features.safetensors with all three, or features.npy, time.npy and frame.npy; default: %(default)s",
+    )
+    features.set_defaults(run=_features, num_classes=None)
 
     demo = commands.add_parser(
         "demo",
@@ -189,6 +193,32 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_model_options(command: argparse.ArgumentParser) -> None:
+    """What streaming a video through a model needs, whatever is done with the output."""
+    command.add_argument("video", help=VIDEO_HELP)
+    command.add_argument("--model", default="endomamba_tiny", help="default: %(default)s")
+    command.add_argument("--weights", type=Path, help="a published checkpoint or a safetensors file")
+    command.add_argument(
+        "--head", default="mean", choices=("mean", "cls", "classification"), help="how a frame is pooled"
+    )
+    command.add_argument(
+        "--normalise",
+        default="imagenet",
+        choices=("imagenet", "polypdiag"),
+        help="the mean and std the weights were trained with",
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace files that are already there")
+    command.add_argument("--max-frames", type=_positive, metavar="N", help="stop after N frames")
+    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    command.add_argument(
+        "--backend", default="auto", choices=("auto", "triton", "cuda", "cpu", "reference"), help="of the ops"
+    )
+    command.add_argument("--threads", type=_positive, metavar="N", help="CPU threads; default: torch's choice")
+    command.add_argument(
+        "--quiet", action="store_true", help="no header, no progress, no summary; errors are still shown"
+    )
+
+
 def _positive(text: str) -> int:
     return _at_least(text, 1)
 
@@ -211,28 +241,29 @@ def _at_least(text: str, least: int) -> int:
 
 
 def _stream(args: argparse.Namespace) -> int:
-    import torch
-
     from .sources import open_source
-    from .stream import FrameStream, JsonLines, StreamSession, Verifier
-    from .video import NORMALISATIONS
+    from .stream import JsonLines, StreamSession, Verifier
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
     # Text goes to stderr where stdout carries the lines.
     text = io.StringIO() if args.quiet else sys.stderr if args.out == "-" else sys.stdout
-    device = _device(args.device, text)
     with _Signals() as signals, open_source(args.video) as reader:  # a bad file is refused before the model is built
         model, trained = _model(args, text)
-        model.to(device)
-        camera = FrameStream(model, **NORMALISATIONS[args.normalise])
-        camera.warm_up()
-        reader.show(model.config.img_size)
+        camera = _camera(args, model, text)
+        names = _names(args.names, model.config.num_classes)
         with _lines(args, JsonLines) as lines:
-            verifier = Verifier(model) if args.verify else None
-            session = StreamSession(camera, reader, lines.write, verifier=verifier, report=_say)
-            _header(text, args, reader, model, device, trained)
+            folder = _folder_outputs(args, lines.path, names, reader.info.fps)
+            reader.show(model.config.img_size, PICTURE if folder is not None and folder.video is not None else None)
+            session = StreamSession(
+                camera,
+                reader,
+                lines.write,
+                verifier=Verifier(model) if args.verify else None,
+                outputs=folder.outputs if folder is not None else (),
+                report=_say,
+            )
+            _header(text, args, reader, model, trained)
             signals.session = session
+            problems: list[OSError] = []
             ended = False
             try:
                 with _Progress(args, reader.info.frames) as progress:
@@ -240,10 +271,118 @@ def _stream(args: argparse.Namespace) -> int:
                 ended = True
             finally:
                 summary = session.summary()
-                _write_summary(lines.path, summary)
+                written, problems = _finish(folder, lines.path, summary)
                 if summary["decoded"] or ended:
-                    print(_report(summary, session, lines.path), file=text, flush=True)
-            return _verdict(reader, session, signals)
+                    print(_report(summary, session, written), file=text, flush=True)
+            code = _verdict(reader, session, signals)
+            return code if code != OK or not problems else BAD_INPUT
+
+
+def _features(args: argparse.Namespace) -> int:
+    from .models import create_model
+    from .outputs import Features
+    from .sources import open_source
+    from .stream import StreamSession
+
+    text = io.StringIO() if args.quiet else sys.stdout
+    folder = Path(args.out)
+    files = ["features.safetensors"] if args.format == "safetensors" else ["features.npy", "time.npy", "frame.npy"]
+    _check_free([folder / name for name in files], args.overwrite)
+    with _Signals() as signals, open_source(args.video) as reader:
+        model, _ = _model(args, text)
+        if model.config.num_classes:  # what a head would have read
+            weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")}
+            model = create_model(args.model, num_classes=0, head=args.head, backend=args.backend).eval()
+            model.load_state_dict(weights)
+        camera = _camera(args, model, text)
+        reader.show(model.config.img_size)
+        features = Features()
+        session = StreamSession(camera, reader, lambda record: None, outputs=[features], report=_say)
+        _header(text, args, reader, model, True)
+        signals.session = session
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with _Progress(args, reader.info.frames) as progress:
+                session.run(args.max_frames, progress)
+        finally:
+            if len(features):
+                facts = {
+                    "video": reader.info.path,
+                    "model": args.model,
+                    "weights": str(args.weights),
+                    "pool": args.head,
+                }
+                facts |= {"normalise": args.normalise, "endomamba": __version__, "stopped": session.stopped}
+                written = features.save(folder, args.format, facts)
+                print(_report(session.summary(), session, [str(path) for path in written]), file=text, flush=True)
+        return _verdict(reader, session, signals)
+
+
+def _camera(args: argparse.Namespace, model: nn.Module, text: Any) -> FrameStream:
+    import torch
+
+    from .stream import FrameStream
+    from .video import NORMALISATIONS
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    model.to(_device(args.device, text))
+    camera = FrameStream(model, **NORMALISATIONS[args.normalise])
+    camera.warm_up()
+    return camera
+
+
+def _names(path: Path | None, classes: int) -> list[str]:
+    """What the classes are called: the lines of a file, or their numbers."""
+    if path is None:
+        return [f"class {label}" for label in range(classes)]
+    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if len(names) != classes:
+        raise UsageError(f"--names {path}: one line a class was expected, {classes} in all, it has {len(names)}")
+    return names
+
+
+def _is_folder(out: str | None) -> bool:
+    return out not in (None, "-") and Path(out).suffix not in (".jsonl", ".json")
+
+
+def _folder_outputs(
+    args: argparse.Namespace, lines: Path | None, names: list[str], fps: float | None
+) -> FolderOutputs | None:
+    if lines is None or not _is_folder(args.out):
+        return None
+    from .outputs import FolderOutputs
+
+    return FolderOutputs(lines.parent, names, fps, video=not args.no_video)
+
+
+def _check_free(paths: list[Path], overwrite: bool) -> None:
+    there = [path for path in paths if path.exists()]
+    if there and not overwrite:
+        raise UsageError(f"{there[0]} exists already: choose another --out, or replace it with --overwrite")
+
+
+def _finish(
+    folder: FolderOutputs | None, lines: Path | None, summary: dict[str, Any]
+) -> tuple[list[str], list[OSError]]:
+    """Completes what lies beside the lines -> what is written, and what could not be, which is said."""
+    from .stream import write_summary
+
+    if lines is None:
+        return ["to standard output"], []
+    written, problems = [str(lines)], []
+    if folder is not None:
+        names, problems = folder.finish(summary)
+        written += [str(folder.folder / name) for name in names]
+    else:
+        target = lines.with_suffix(".summary.json")
+        try:
+            write_summary(target, summary)
+        except OSError as error:
+            problems = [error]
+    for problem in problems:
+        _say(f"{problem.filename}: {problem.strerror}")
+    return written, problems
 
 
 def _say(sentence: str) -> None:
@@ -365,7 +504,8 @@ def _lines(args: argparse.Namespace, JsonLines: Any) -> Any:
             path = Path(f"{_stem(args.video)}.predictions-{number}.jsonl")
     else:
         path = Path(args.out)
-        if path.suffix not in (".jsonl", ".json"):
+        if _is_folder(args.out):
+            _check_free([path / name for name in ("annotated.mp4", "summary.json", "timeline.png")], args.overwrite)
             path = path / "predictions.jsonl"
     try:
         return JsonLines(path, overwrite=args.overwrite)
@@ -384,14 +524,13 @@ def _stem(video: str) -> str:
     return f"camera-{video}" if video.isdecimal() and not Path(video).exists() else Path(video).resolve().stem
 
 
-def _header(
-    text: Any, args: argparse.Namespace, reader: VideoReader, model: nn.Module, device: str, trained: bool
-) -> None:
+def _header(text: Any, args: argparse.Namespace, reader: VideoReader, model: nn.Module, trained: bool) -> None:
     import torch
 
     from .ops._extension import C
 
     height, width = model.config.img_size
+    device = next(model.parameters()).device.type
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     if device == "cpu":
@@ -408,7 +547,7 @@ def _header(
 _PERCENTILES = ("p50", "p95", "p99", "max")
 
 
-def _report(summary: dict[str, Any], session: StreamSession, path: Path | None) -> str:
+def _report(summary: dict[str, Any], session: StreamSession, written: list[str]) -> str:
     parts = summary["latency"]
     fps = session.reader.info.fps
     speed = f"{summary['frames_per_second']:.1f} frames/s" + (f" (the video plays at {fps:.4g})" if fps else "")
@@ -434,7 +573,7 @@ def _report(summary: dict[str, Any], session: StreamSession, path: Path | None) 
         lines.append("camera   " + "; ".join(shown) + (f"; and {more} more" if more else ""))
     if summary["verify"] is not None:
         lines += _verify_lines(summary["verify"])
-    lines.append(f"written  {path if path is not None else 'to standard output'}")
+    lines += [f"{'' if number else 'written':<8} {name}" for number, name in enumerate(written)]
     return "\n".join(lines)
 
 
@@ -466,19 +605,6 @@ def _verify_lines(verify: dict[str, Any]) -> list[str]:
     else:
         lines.append(f"         without the carried state they would differ by {without:.1e} only, which proves little")
     return lines
-
-
-def _write_summary(path: Path | None, summary: dict[str, Any]) -> None:
-    """Beside the predictions, whole or not at all."""
-    if path is None:
-        return
-    target = path.with_suffix(".summary.json")
-    part = target.with_name(target.name + ".part")
-    try:
-        part.write_text(json.dumps(summary, indent=2) + "\n")
-        part.replace(target)
-    except OSError as error:
-        print(f"endomamba: {target} was not written: {error.strerror}", file=sys.stderr)
 
 
 class _Progress:

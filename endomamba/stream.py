@@ -296,6 +296,22 @@ class JsonLines:
         self.close()
 
 
+def write_summary(path: Path, summary: dict[str, Any]) -> None:
+    write_whole(path, (json.dumps(summary, indent=2) + "\n").encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Whole or not at all; an OSError names the file."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
 class CameraWatch:
     """Tells a picture that stays black or stays the same: `limit` frames of it in a row are an event.
 
