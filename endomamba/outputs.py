@@ -77,7 +77,7 @@ class AnnotatedVideo:
 
     def _open(self, width: int, height: int) -> None:
         av = import_av()
-        options = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
+        options = {"movflags": "frag_keyframe+delay_moov+default_base_moof", "flush_packets": "1"}
         self._container = av.open(os.path.abspath(self.path), "w", format="mp4", options=options)
         self._stream = self._container.add_stream("libx264", rate=Fraction(self.fps).limit_denominator(1001))
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
@@ -130,7 +130,7 @@ class AnnotatedVideo:
             scale = self.WIDTH / image.width
             image = image.resize((self.WIDTH, 2 * round(image.height * scale / 2)), Image.Resampling.BICUBIC)
         width, top = image.size
-        unit = max(8, round(width / 60))
+        unit = round(width / 42)
         canvas = Image.new("RGB", (width, top + 2 * (7 * unit // 2)), GROUND)
         canvas.paste(image, (0, 0))
         pen = ImageDraw.Draw(canvas)
@@ -173,7 +173,7 @@ class AnnotatedVideo:
 
 
 def keep_whole_fragments(path: Path) -> None:
-    """Cuts a fragmented mp4 off behind its last complete fragment; an empty one where it has none."""
+    """Cuts a fragmented mp4 off behind its last complete fragment; removes it where it has none."""
     size = path.stat().st_size
     place = whole = 0
     with path.open("r+b") as file:
@@ -186,6 +186,8 @@ def keep_whole_fragments(path: Path) -> None:
             if head[4:] == b"mdat":
                 whole = place
         file.truncate(whole)
+    if not whole:
+        path.unlink()
 
 
 # ---- timeline
@@ -260,8 +262,8 @@ class Timeline:
         pen = ImageDraw.Draw(canvas)
         self._title(pen, summary)
         if self.columns:
-            self._labels(pen, (100, 148), summary)
-            self._curves(pen, (196, 396))
+            self._labels(pen, (116, 156), summary)
+            self._curves(pen, (206, 402))
             self._latency(pen, (452, 644), summary)
             self._time_axis(pen, 644)
         return canvas
@@ -343,7 +345,7 @@ class Timeline:
                 label: [column.probabilities.get(label, 0.0) / column.frames for column in self.columns]
                 for label in best
             }
-            limit = 1.0
+            limit = min(1.0, _nice(max(map(max, curves.values()))))
             more = f" (the {len(best)} largest of {len(total)})" if len(total) > len(best) else ""
             legend = [(_short(self.names[label]), colour(label)) for label in best]
             self._heading(pen, box[0] - 10, f"probability{more}", legend)
@@ -370,8 +372,9 @@ class Timeline:
         if self.fps and 1000 / self.fps < limit:
             y = bottom - 1000 / self.fps / limit * (bottom - top)
             for x in range(self.LEFT, self.WIDTH - self.RIGHT, 14):
-                pen.line((x, y, x + 7, y), FAULT)
-            pen.text((self.WIDTH - self.RIGHT - 4, y - 3), f"{self.fps:.4g} frames/s", FAULT, font(13), anchor="rs")
+                pen.line((x, y, x + 7, y), FAULT, 2)
+            place, words = (self.WIDTH - self.RIGHT - 6, y - 5), f"the video plays at {self.fps:.4g} frames/s"
+            pen.text(place, words, TEXT, font(14), anchor="rs", stroke_width=3, stroke_fill=GROUND)
 
     def _grid(self, pen: ImageDraw.ImageDraw, box: tuple[int, int], limit: float, unit: str) -> None:
         top, bottom = box

@@ -99,7 +99,7 @@ def test_stream_with_weights(short, weights, tmp_path):
         assert sorted(line["labels"]) == [0, 1, 2, 3], "the number of classes came from the weights"
         assert sum(line["probabilities"]) == pytest.approx(1, abs=1e-5)
         assert line["probabilities"] == sorted(line["probabilities"], reverse=True)
-    summary = json.loads((tmp_path / "run" / "predictions.summary.json").read_text())
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["frames"] == 6 and summary["verify"]["passed"] and summary["damage"] is None
     for word in ("frames/s", "p50", "p99", "bytes carried", "verify   passed", "run/predictions.jsonl"):
         assert word in out
@@ -135,7 +135,7 @@ def test_ctrl_c_keeps_the_lines_and_says_what_was_done(long, tmp_path):
     lines = records(path)
     assert process.returncode == 130 and "Traceback" not in err and "stopped by Ctrl-C" in err
     assert 5 <= len(lines) < 900 and f"stopped  by Ctrl-C, {len(lines)} frames" in out
-    summary = json.loads(path.with_suffix(".summary.json").read_text())
+    summary = json.loads((path.parent / "summary.json").read_text())
     assert summary["frames"] == len(lines) and summary["stopped"] == "by Ctrl-C"
 
 
