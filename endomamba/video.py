@@ -172,6 +172,7 @@ class VideoReader:
     ) -> None:
         av = import_av()
         self.path = path
+        self._is_file = source is None
         self._start(size)
         try:
             # An absolute path cannot be mistaken for one of FFmpeg's protocols, whatever the file is called.
@@ -191,7 +192,8 @@ class VideoReader:
     def _start(self, size: tuple[int, int] | None) -> None:
         self.damage = Damage()
         self.done = False
-        self._count = 0
+        self._count = self._given = 0
+        self._interlaced = False
         self.show(size)
 
     def show(self, size: int | tuple[int, int] | None, picture: int | None = None) -> None:
@@ -261,10 +263,11 @@ class VideoReader:
         av = import_av()
         context = self._stream.codec_context
         clock = _Clock(self._stream.average_rate, self.damage, gaps=self.info.frames is None)
-        wait_for_key, skipped, packets = False, 0, 0
+        wait_for_key, skipped, packets, hidden = False, 0, 0, 0
         for packet in self._demux(av, clock):
             flush = packet.size == 0  # the end: the decoder gives what it still holds
             packets += not flush
+            hidden += packet.is_discard  # before the start of an edit list
             if flush and wait_for_key:
                 break
             if not flush:
@@ -296,6 +299,14 @@ class VideoReader:
                 f"the file ends early: it declares {declared} frames and holds {packets}", declared - packets
             )
         clock.check_end(self._container)
+        if self.damage:
+            return
+        expected = packets - hidden
+        one_each = self.info.codec in _A_FRAME_A_PACKET and not self._interlaced  # a packet may be a field
+        if one_each and self._given < expected:
+            self.damage.add(f"the decoder gave {self._given} frames for {expected} packets", expected - self._given)
+        if self._is_file and (why := _broken_off(self.path, self._container.format.name)):
+            self.damage.add(why)
 
     def _demux(self, av: Any, clock: _Clock) -> Iterator[Any]:
         """Packets of the video stream.  A read error is damage; reading goes on for as long as packets still come."""
@@ -326,6 +337,8 @@ class VideoReader:
         for frame in frames:
             if frame.is_corrupt:
                 raise av.InvalidDataError(0, "its frame is corrupt")
+            self._given += 1
+            self._interlaced = self._interlaced or frame.interlaced_frame
             yield float(frame.pts * base) if frame.pts is not None and base else None, self._scaler(frame)
 
 
@@ -377,25 +390,36 @@ class _Clock:
         self.damage = damage
         self.gaps = gaps and self.period is not None
         self.steps = self.regular = 0
+        self.jumps: list[tuple[float, float]] = []
         self.before: float | None = None
         self.end = 0.0
 
     def tick(self, packet: Any) -> None:
-        """A jump in a stream that was regular until then: packets are gone (Matroska and TS skip damage in silence)."""
+        """A jump in a stream that is regular else: packets are gone (Matroska and TS skip damage in silence)."""
         if packet.dts is None:
             return
         now = float(packet.dts * packet.time_base)
         if self.before is not None and self.gaps:
             step = now - self.before
-            if self.steps >= 10 and self.regular >= 0.95 * self.steps and step > 3.5 * self.period:
-                missing = round(step / self.period) - 1
-                self.damage.add(
-                    f"about {missing} frames are missing between {self.before:.3f} s and {now:.3f} s", missing
-                )
+            if step > 3.5 * self.period:
+                self.jumps.append((self.before, now))
             else:
                 self.steps += 1
                 self.regular += step < 1.5 * self.period
+            self._judge_jumps()
         self.before = now
+
+    def _judge_jumps(self) -> None:
+        """Only what lies between tells a damaged stream from one with a rhythm of its own."""
+        if self.steps < 10 or not self.jumps:
+            return
+        if self.regular >= 0.95 * self.steps:
+            for before, now in self.jumps:
+                missing = round((now - before) / self.period) - 1
+                self.damage.add(f"about {missing} frames are missing between {before:.3f} s and {now:.3f} s", missing)
+        else:
+            self.steps += len(self.jumps)
+        self.jumps.clear()
 
     def describe(self, packet: Any) -> str:
         stamp = packet.pts if packet.pts is not None else packet.dts
@@ -415,6 +439,42 @@ class _Clock:
         declared = container.duration / 1e6
         if self.end < declared - max(0.2, 2.5 * (self.period or 0.0)):
             self.damage.add(f"the file ends early: it declares {declared:.2f} s and holds {self.end:.2f} s")
+
+
+_A_FRAME_A_PACKET = ("h264", "hevc", "vp9", "av1", "mjpeg")  # MPEG-4 in AVI has packets that stand for nothing
+
+
+def _broken_off(path: str | os.PathLike, container: str) -> str:
+    """Why this file is not as long or not as whole as its container demands, where FFmpeg is silent about it."""
+    path = Path(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(_LOOK)
+        file.seek(max(0, size - _LOOK))
+        tail = file.read()
+    if "matroska" in container:
+        place = head.find(b"\x18\x53\x80\x67") + 4  # the segment, which holds everything
+        first = head[place] if 4 <= place < len(head) else 0
+        width = 9 - first.bit_length()
+        length = int.from_bytes(head[place : place + width], "big") - (1 << 7 * width)
+        unknown = length == (1 << 7 * width) - 1  # a live recording
+        if first and not unknown and place + width + length > size:
+            return f"the file ends early: it declares {place + width + length} bytes and holds {size}"
+    if container == "mpegts":
+        for unit, offset in ((188, 0), (192, 4), (204, 0)):
+            marks = head[offset::unit]
+            if marks.count(b"G") < 0.5 * len(marks):
+                continue
+            begin = -(size - len(tail)) % unit + offset
+            if size % unit:
+                return "the file ends in the middle of a transport packet"
+            if len(marks) != marks.count(b"G") or set(tail[begin::unit]) != {71}:
+                return "transport packets at its start or its end are broken"
+            break
+    return ""
+
+
+_LOOK = 1 << 18  # bytes at either end
 
 
 class DicomReader(VideoReader):
