@@ -47,6 +47,7 @@ SYNTH_NOTES = """files:
   Both get these names when they are complete, the truth last; a run that is stopped leaves whole videos only.
 """
 
+DEMO_FRAMES, DEMO_CLASSES = 150, 5
 PICTURE = 960  # pixels, the longer side of the annotated video at most
 
 RANDOM_WEIGHTS = (
@@ -157,10 +158,14 @@ def build_parser() -> argparse.ArgumentParser:
         parents=[common],
         formatter_class=form,
         epilog=EXIT_CODES,
-        help="stream a real medical video, nothing to download",
-        description="Streams a real ultrasound clip (it comes with pydicom), or VIDEO, and checks the result.",
+        help="stream a synthetic endoscopy with all outputs, nothing to download",
+        description="Streams a synthetic colonoscopy, a real ultrasound clip (it comes with pydicom), or VIDEO, writes "
+        "all outputs and checks that streamed == parallel.",
     )
-    demo.add_argument("video", nargs="?")
+    demo.add_argument("video", nargs="?", help=VIDEO_HELP)
+    demo.add_argument(
+        "--clip", default="synthetic", choices=("synthetic", "ultrasound"), help="without VIDEO; default: %(default)s"
+    )
     demo.add_argument(
         "--out", default="endomamba-demo", metavar="DIR", help="default: %(default)s (replaced each time)"
     )
@@ -249,7 +254,7 @@ def _stream(args: argparse.Namespace) -> int:
     with _Signals() as signals, open_source(args.video) as reader:  # a bad file is refused before the model is built
         model, trained = _model(args, text)
         camera = _camera(args, model, text)
-        names = _names(args.names, model.config.num_classes)
+        names = _names(args.names, model.config.num_classes, trained)
         with _lines(args, JsonLines) as lines:
             folder = _folder_outputs(args, lines.path, names, reader.info.fps)
             reader.show(model.config.img_size, PICTURE if folder is not None and folder.video is not None else None)
@@ -332,10 +337,10 @@ def _camera(args: argparse.Namespace, model: nn.Module, text: Any) -> FrameStrea
     return camera
 
 
-def _names(path: Path | None, classes: int) -> list[str]:
-    """What the classes are called: the lines of a file, or their numbers."""
+def _names(path: Path | None, classes: int, trained: bool) -> list[str]:
+    """The lines of a file, or the classes' numbers; nobody shall take random ones for findings."""
     if path is None:
-        return [f"class {label}" for label in range(classes)]
+        return [f"class {label}" if trained else f"class {label} (random)" for label in range(classes)]
     names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if len(names) != classes:
         raise UsageError(f"--names {path}: one line a class was expected, {classes} in all, it has {len(names)}")
@@ -477,6 +482,8 @@ def _model(args: argparse.Namespace, text: Any) -> tuple[nn.Module, bool]:
     if not hasattr(model, "step_"):
         raise UsageError(f"{args.model} cannot stream: it has no step for single frames")
     if args.weights is None:
+        if args.num_classes:  # at the published scale a random head gives every frame the same answer
+            torch.nn.init.normal_(model.head.weight, std=0.2)
         return model.eval(), False
     try:
         report = load_checkpoint(model, args.weights)
@@ -641,28 +648,44 @@ class _Progress:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    video, what = args.video, f"{args.video}."
-    if video is None:
-        video = _bundled_clip()
-        what = "a real ultrasound sequence of 30 frames that comes with pydicom."
+    out = Path(args.out)
+    clips = {
+        "synthetic": f"a synthetic colonoscopy of {DEMO_FRAMES} frames, drawn now (endomamba synth)",
+        "ultrasound": "a real ultrasound sequence of 30 frames that comes with pydicom",
+    }
     print(
         "This streams a medical video through EndoMamba (tiny), one frame at a time, as a camera would deliver it:\n"
-        f"  the video is {what}\n"
+        f"  the video is {clips[args.clip] if args.video is None else args.video}.\n"
         "  Each frame is decoded, squashed to 224 x 224 and read by the model, which remembers the frames before it\n"
-        "  in a state of fixed size; one line of JSON is written a frame.\n"
-        "  The same frames then go through the parallel pass as one clip, and both must give the same numbers.\n"
+        "  in a state of fixed size.  The same frames then go through the parallel pass as one clip, and both must\n"
+        "  give the same numbers.\n"
+        f"In {out} there will be\n"
+        "  predictions.jsonl  a line a frame: time, labels, probabilities, latency\n"
+        "  annotated.mp4      the video with label, confidence and latency below it\n"
+        "  timeline.png       labels, probabilities and latency over the whole run\n"
+        "  summary.json       counts and latencies\n",
+        flush=True,
     )
-    rest = ["--out", args.out, "--overwrite", "--verify"]
+    video = args.video or (_synthetic_clip(out) if args.clip == "synthetic" else str(_bundled_clip()))
+    rest = ["--out", args.out, "--overwrite", "--verify", "--num-classes", str(DEMO_CLASSES)]
     rest += ["--max-frames", str(args.max_frames)] if args.max_frames else []
     rest += ["--threads", str(args.threads)] if args.threads else []
     rest += ["--debug"] if args.debug else []
-    code = _stream(build_parser().parse_args(["stream", *rest, "--", str(video)]))
-    lines = Path(args.out, "predictions.jsonl")
+    code = _stream(build_parser().parse_args(["stream", *rest, "--", video]))
+    lines = out / "predictions.jsonl"
     if code == OK and lines.is_file():
         with lines.open() as file:
             last = file.readlines()[-1].strip()
-        print(f"\nThe last line written:\n  {last}\nYour own video:  endomamba stream VIDEO --weights CHECKPOINT")
+        print(f"\nThe last line written:\n  {last}")
+        print("Your own video:  endomamba stream VIDEO --weights CHECKPOINT --out DIR")
     return code
+
+
+def _synthetic_clip(folder: Path) -> str:
+    from . import synthetic
+
+    video = synthetic.SyntheticVideo("base", split="train", seed=3, frames=DEMO_FRAMES, size=256)
+    return str(synthetic.write(video, folder / "clip", force=True)[0])
 
 
 def _bundled_clip() -> Path:
