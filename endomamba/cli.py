@@ -425,7 +425,8 @@ def _verdict(reader: VideoReader, session: StreamSession, signals: _Signals) -> 
     """Exit code of a run that came to an end in order, and the sentence that goes with it."""
     code = OK
     if reader.damage:
-        _say(f"{reader.path} is damaged: {reader.damage}.  {session.frames} frames were processed and written")
+        what = "went away" if reader.live else "is damaged"
+        _say(f"{reader.path} {what}: {reader.damage}.  {session.frames} frames were processed and written")
         code = DAMAGED
     elif session.not_finite:
         total = session.frames + session.not_finite

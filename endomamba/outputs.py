@@ -72,6 +72,8 @@ class AnnotatedVideo:
         with self._disk_errors():
             if self._stream is None:
                 self._open(*image.size)
+            elif image.size != (self._stream.width, self._stream.height):  # the source changed its size on the way
+                image = image.resize((self._stream.width, self._stream.height))
             self._encode(image, self._ticks(record))
         self.frames += 1
 
@@ -126,13 +128,13 @@ class AnnotatedVideo:
     def draw(self, record: dict[str, Any], picture: Tensor) -> Image.Image:
         """picture: (h, w, 3) uint8 -> the picture, scaled up where it is narrow, and the band."""
         image = Image.fromarray(picture.numpy())
-        if image.width < self.WIDTH:
-            scale = self.WIDTH / image.width
-            image = image.resize((self.WIDTH, 2 * round(image.height * scale / 2)), Image.Resampling.BICUBIC)
-        width, top = image.size
+        scale = min(self.WIDTH / image.width, 2 * self.WIDTH / image.height)
+        if scale > 1:
+            image = image.resize([max(2, 2 * round(side * scale / 2)) for side in image.size], Image.Resampling.BICUBIC)
+        width, top = max(self.WIDTH, image.width), image.height
         unit = round(width / 42)
         canvas = Image.new("RGB", (width, top + 2 * (7 * unit // 2)), GROUND)
-        canvas.paste(image, (0, 0))
+        canvas.paste(image, ((width - image.width) // 2, 0))
         pen = ImageDraw.Draw(canvas)
         tint, label, confidence = self._verdict(record)
         y = top + unit // 2

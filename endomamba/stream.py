@@ -425,7 +425,7 @@ class StreamSession:
             raise
         finally:
             self.seconds = time.perf_counter() - begin
-            self._ahead.close()
+            self.reader.abandoned = not self._ahead.close()
 
     def _read(self, frame: Frame, decoding: float) -> dict[str, Any]:
         """One frame through the model and into the outputs.  A frame that the model cannot digest leaves no trace in

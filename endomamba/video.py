@@ -160,6 +160,7 @@ class VideoReader:
     """
 
     live = False  # true where frames go on coming whether somebody reads them or not
+    abandoned = False  # true where a thread hangs in it: it must not be closed under that
 
     def __init__(
         self,
@@ -246,7 +247,8 @@ class VideoReader:
         self.close()
 
     def close(self) -> None:
-        self._container.close()
+        if not self.abandoned:
+            self._container.close()
 
     def __iter__(self) -> Iterator[Frame]:
         for time, (rgb, picture) in self._decode():
@@ -438,7 +440,8 @@ class _Clock:
             return
         declared = container.duration / 1e6
         if self.end < declared - max(0.2, 2.5 * (self.period or 0.0)):
-            self.damage.add(f"the file ends early: it declares {declared:.2f} s and holds {self.end:.2f} s")
+            lost = round((declared - self.end) / self.period) if self.period else 0
+            self.damage.add(f"the file ends early: it declares {declared:.2f} s and holds {self.end:.2f} s", lost)
 
 
 _A_FRAME_A_PACKET = ("h264", "hevc", "vp9", "av1", "mjpeg")  # MPEG-4 in AVI has packets that stand for nothing
