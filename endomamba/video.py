@@ -322,7 +322,10 @@ class VideoReader:
                     clock.note_end(packet)
                 return
             except (av.FFmpegError, OSError) as error:
-                self.damage.add(f"the file could not be read {clock.last()} ({_words(error)})")
+                hint = ""
+                if not self._is_file and clock.before is None and "mov" in self._container.format.name:
+                    hint = "; an MP4 with its index at its end cannot be read from a pipe"
+                self.damage.add(f"the file could not be read {clock.last()} ({_words(error)}{hint})")
                 if not progress:
                     return
 

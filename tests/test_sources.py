@@ -67,6 +67,7 @@ def test_an_mp4_with_its_index_at_the_end_on_a_pipe(tmp_path):
     writer.start()
     reader = open_source(str(pipe))
     assert numbers(reader) == [] and reader.damage.lost == 40
+    assert "an MP4 with its index at its end cannot be read from a pipe" in str(reader.damage)
     writer.join()
 
 
