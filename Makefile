@@ -25,9 +25,9 @@ CPP = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
 
-demo:  ## stream a real medical clip, or VIDEO=path, through EndoMamba frame by frame
+demo:  ## stream a synthetic endoscopy, or VIDEO=path, through EndoMamba frame by frame, with all outputs
 	@$(PYTHON) tools/setup_env.py video
-	@echo "demo: endomamba_tiny on $(if $(VIDEO),$(VIDEO),the ultrasound clip bundled in pydicom), frame by frame"
+	@echo "demo: endomamba_tiny on $(if $(VIDEO),$(VIDEO),a synthetic endoscopy), frame by frame"
 	@$(RUN) -m endomamba demo $(if $(VIDEO),"$(VIDEO)")
 
 test:  ## the tests, without the exhaustive grids

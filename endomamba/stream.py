@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from .models import StreamState
-from .video import IMAGENET_MEAN, IMAGENET_STD, VideoReader, normalisation, preprocess
+from .sources import ReadAhead, SourceStalled
+from .video import IMAGENET_MEAN, IMAGENET_STD, Frame, VideoReader, normalisation, preprocess
 
 
 class FrameStream:
@@ -115,9 +116,9 @@ class FrameStream:
         self._state.reset_()
         self.frames_seen = 0
 
-    def snapshot(self) -> StreamState:
-        """A copy of the state, for `restore`, for `StreamState.save`, or for `model.step`."""
-        return self._state.clone()
+    def snapshot(self, into: StreamState | None = None) -> StreamState:
+        """A copy of the state, for `restore`, for `StreamState.save`, or for `model.step`; `into` an earlier one."""
+        return self._state.clone() if into is None else into.copy_(self._state)
 
     def restore(self, state: StreamState) -> None:
         """Goes on from `state`; ValueError in one sentence if it belongs to another model, batch, device or dtype."""
@@ -129,7 +130,7 @@ class FrameStream:
 
 
 class NonFiniteOutput(Exception):
-    """The model gave NaN or infinity.  From here on its state is lost, so the stream stops."""
+    """The model gave NaN or infinity at so many frames in a row that its weights must be at fault."""
 
 
 class Latency:
@@ -140,9 +141,10 @@ class Latency:
     def __init__(self) -> None:
         self.bins = [0] * 2100
         self.count = 0
-        self.total = 0.0
+        self.total = self.largest = 0.0
 
     def add(self, seconds: float) -> None:
+        self.largest = max(self.largest, seconds)
         place = int(math.log(max(seconds, self.FIRST) / self.FIRST) / self.STEP)
         self.bins[min(place, len(self.bins) - 1)] += 1
         self.count += 1
@@ -159,7 +161,8 @@ class Latency:
 
     def summary(self) -> dict[str, float]:
         mean = self.total / self.count if self.count else 0.0
-        values = {"mean": mean, "p50": self.percentile(50), "p99": self.percentile(99)}
+        values = {"mean": mean} | {f"p{percent}": self.percentile(percent) for percent in (50, 95, 99)}
+        values["max"] = self.largest
         return {f"{name}_ms": round(1e3 * value, 3) for name, value in values.items()}
 
 
@@ -293,13 +296,69 @@ class JsonLines:
         self.close()
 
 
-class StreamSession:
-    """Decode, preprocess, model, one line a frame.  `summary` tells what was done, however `run` ended.
+def write_summary(path: Path, summary: dict[str, Any]) -> None:
+    write_whole(path, (json.dumps(summary, indent=2) + "\n").encode())
 
-    write: takes one record a frame, see `record`.  Memory does not grow with the video.
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Whole or not at all; an OSError names the file."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class CameraWatch:
+    """Tells a picture that stays black or stays the same: `limit` frames of it in a row are an event.
+
+    events: what (black, frozen), first and last frame, from and to in seconds, frames.  The first KEEP are kept, all
+    are counted.
+    """
+
+    BLACK, KEEP = 24, 100  # brightest level of a black picture
+
+    def __init__(self, limit: int = 25) -> None:
+        self.limit = limit
+        self.count = 0
+        self.events: list[dict[str, Any]] = []
+        self._event: dict[str, Any] = {}
+        self._run = 0
+        self._before: Tensor | None = None
+
+    def add(self, frame: Frame) -> dict[str, Any] | None:
+        """-> the event where one begins with this frame."""
+        rgb = frame.rgb
+        what = "black" if int(rgb.max()) < self.BLACK else "frozen"
+        same = self._run > 0 and what == self._event["what"]
+        if what == "frozen":
+            same = same and self._before is not None and torch.equal(rgb, self._before)
+        self._before = rgb
+        if not same:
+            self._event = {"what": what, "first": frame.index, "from": frame.time}
+            self._run = 0
+        self._run += 1
+        self._event |= {"last": frame.index, "to": frame.time, "frames": self._run}
+        if self._run != self.limit:
+            return None
+        self.count += 1
+        if len(self.events) < self.KEEP:
+            self.events.append(self._event)
+        return self._event
+
+
+class StreamSession:
+    """Decode ahead, preprocess, model, one line a frame.  `summary` tells what was done, however `run` ended.
+
+    write: takes one record a frame, see `record`.  outputs: each is called with record, frame and the model's output
+    (k,).  report: takes a sentence on what a person should know at once.  Memory does not grow with the video.
     """
 
     TOP = 10  # labels in a record
+    LOST = 25  # frames in a row with an output that is not finite: the weights, not the picture
 
     def __init__(
         self,
@@ -308,92 +367,164 @@ class StreamSession:
         write: Callable[[dict[str, Any]], None],
         *,
         verifier: Verifier | None = None,
+        outputs: Sequence[Callable[[dict[str, Any], Frame, Tensor], None]] = (),
+        report: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         if camera.batch_size != 1:
             raise ValueError(f"StreamSession: one video needs a FrameStream of batch_size 1, got {camera.batch_size}")
         self.camera, self.reader, self.write, self.verifier = camera, reader, write, verifier
-        self.frames = 0
+        self.outputs, self.report = outputs, report
+        self.frames = self.not_finite = 0
         self.stopped = "not started"
         self.decode, self.preprocess, self.model, self.whole = Latency(), Latency(), Latency(), Latency()
+        self.writing = Latency()
+        self.seconds = 0.0
         self.changes = Trace()
+        self.watch = CameraWatch()
         self._before: Tensor | None = None
+        self._kept = camera.snapshot()
+        self._in_a_row = 0
+        self._ahead: ReadAhead | None = None
+        self._asked = ""
+
+    @property
+    def dropped(self) -> int:
+        """Frames of a live source that came while the model was busy."""
+        return self._ahead.dropped if self._ahead is not None else 0
+
+    def stop(self, why: str) -> None:
+        """Ends `run` after the frame it is at; a signal handler may call it."""
+        self._asked = why
+        if self._ahead is not None:
+            self._ahead.stop()
 
     def run(self, max_frames: int | None = None, on_frame: Callable[[dict[str, Any]], None] | None = None) -> None:
-        """Streams to the end, to `max_frames`, or to an exception, which is passed on after `stopped` names it."""
-        frames, camera = iter(self.reader), self.camera
+        """Streams to the end, to `max_frames`, to `stop`, or to an exception, passed on after `stopped` names it."""
         self.stopped = "at the end of the video"
+        self._ahead = ReadAhead(self.reader, live=self.reader.live)
+        begin = time.perf_counter()
         try:
-            while max_frames is None or self.frames < max_frames:
-                t0 = time.perf_counter()
-                frame = next(frames, None)
-                if frame is None:
+            for frame, seconds in self._ahead:
+                if self._asked:
                     break
-                t1 = time.perf_counter()
-                x = preprocess(frame.rgb, camera.model.config.img_size, mean=camera.mean, std=camera.std)
-                t2 = time.perf_counter()
-                output = camera(x)
-                values = output[0].float().cpu()  # waits for the device
-                t3 = time.perf_counter()
-                spans = (t1 - t0, t2 - t1, t3 - t2, t3 - t0)
-                for latency, span in zip((self.decode, self.preprocess, self.model, self.whole), spans, strict=True):
-                    latency.add(span)
-                record = self.record(frame.index, frame.time, values, 1e3 * spans[3])
-                self.write(record)
-                self.frames += 1
-                if self.verifier is not None:
-                    self.verifier.add(x, output, camera)
+                record = self._read(frame, seconds)
                 if on_frame is not None:
                     on_frame(record)
-            else:
-                self.stopped = f"after the {max_frames} frames asked for"
+                if self.frames + self.not_finite == max_frames:
+                    self.stopped = f"after the {max_frames} frames asked for"
+                    break
             if self.verifier is not None:
-                self.verifier.flush(camera)
+                self.verifier.flush(self.camera)
+            self.stopped = self._asked or self.stopped
+        except SourceStalled as error:
+            self.reader.damage.add(str(error))
+            self.stopped = f"as {error}"
         except BaseException as error:
             known = {KeyboardInterrupt: "by Ctrl-C", BrokenPipeError: "as whoever read the output went away"}
             self.stopped = known.get(type(error), f"by an error: {error}")
             raise
+        finally:
+            self.seconds = time.perf_counter() - begin
+            self.reader.abandoned = not self._ahead.close()
 
-    def record(self, index: int, seconds: float | None, values: Tensor, latency_ms: float) -> dict[str, Any]:
+    def _read(self, frame: Frame, decoding: float) -> dict[str, Any]:
+        """One frame through the model and into the outputs.  A frame that the model cannot digest leaves no trace in
+        its state."""
+        camera = self.camera
+        camera.snapshot(self._kept)
+        t0 = time.perf_counter()
+        x = preprocess(frame.rgb, camera.model.config.img_size, mean=camera.mean, std=camera.std)
+        t1 = time.perf_counter()
+        output = camera(x)
+        values = output[0].float().cpu()  # waits for the device
+        t2 = time.perf_counter()
+        spans = (decoding, t1 - t0, t2 - t1)
+        for latency, span in zip((self.decode, self.preprocess, self.model), spans, strict=True):
+            latency.add(span)
+        self.whole.add(sum(spans))
+        event = self.watch.add(frame)
+        if event is not None:
+            where = f"frame {event['first']}" if event["from"] is None else f"{event['from']:.3f} s"
+            self.report(f"the picture is {event['what']} since {where}, for {event['frames']} frames now")
+        finite = bool(values.isfinite().all())
+        record = self.record(frame, values if finite else None, spans)
+        self.write(record)
+        for add in self.outputs:
+            add(record, frame, values)
+        self.writing.add(time.perf_counter() - t2)
+        if finite:
+            self.frames += 1
+            self._in_a_row = 0
+            if self.verifier is not None:
+                self.verifier.add(x, output, camera)
+        else:
+            camera.restore(self._kept)
+            self._count_not_finite(frame)
+        return record
+
+    def _count_not_finite(self, frame: Frame) -> None:
+        self.not_finite += 1
+        self._in_a_row += 1
+        if self.not_finite == 1:
+            self.report(
+                f"the model's output at frame {frame.index} is not finite; the stream goes on without the frame"
+            )
+        if self._in_a_row == self.LOST:
+            raise NonFiniteOutput(
+                f"the model's output was not finite at {self.LOST} frames in a row up to frame {frame.index}: "
+                "its weights are damaged or unfit"
+            )
+
+    def record(self, frame: Frame, values: Tensor | None, spans: tuple[float, float, float]) -> dict[str, Any]:
         """One line of the predictions.
 
         time: the frame's own timestamp in seconds.  labels, probabilities: best first, empty without a head.
         change: 1 - cosine of this output and the one before, null at the first frame.
+        fault: "not finite" where the model could not digest the frame (values None), else null.
+        latency_ms: decode + preprocess + model, each beside it.
         """
-        if not bool(values.isfinite().all()):
-            raise NonFiniteOutput(
-                f"the model's output at frame {index} is not finite: its weights are damaged or unfit"
-            )
-        change = None
-        if self._before is not None:
-            change = 1.0 - float(torch.cosine_similarity(values, self._before, dim=0, eps=1e-12))
-            self.changes.add(max(0.0, change))
-        self._before = values
-        labels, probabilities = [], []
-        if self.camera.model.config.num_classes:
-            best = torch.topk(values.softmax(0), min(self.TOP, len(values)))
-            labels, probabilities = best.indices.tolist(), [round(p, 6) for p in best.values.tolist()]
+        change, labels, probabilities = None, [], []
+        if values is not None:
+            if self._before is not None:
+                change = 1.0 - float(torch.cosine_similarity(values, self._before, dim=0, eps=1e-12))
+                self.changes.add(max(0.0, change))
+            self._before = values
+            if self.camera.model.config.num_classes:
+                best = torch.topk(values.softmax(0), min(self.TOP, len(values)))
+                labels, probabilities = best.indices.tolist(), [round(p, 6) for p in best.values.tolist()]
+        parts = zip(("decode_ms", "preprocess_ms", "model_ms"), spans, strict=True)
         return {
-            "frame": index,
-            "time": None if seconds is None else round(seconds, 6),
+            "frame": frame.index,
+            "time": None if frame.time is None else round(frame.time, 6),
             "labels": labels,
             "probabilities": probabilities,
             "change": None if change is None else round(max(0.0, change), 9),
-            "latency_ms": round(latency_ms, 3),
+            "fault": "not finite" if values is None else None,
+            "latency_ms": round(1e3 * sum(spans), 3),
+            **{name: round(1e3 * span, 3) for name, span in parts},
         }
 
     def summary(self) -> dict[str, Any]:
-        busy = self.whole.total
+        damage = self.reader.damage
         return {
             "video": self.reader.info.path,
             "frames": self.frames,
+            "decoded": self.frames + self.not_finite + self.dropped,
+            "dropped": self.dropped,
+            "not_finite": self.not_finite,
+            "lost_to_damage": damage.lost,
             "stopped": self.stopped,
-            "damage": str(self.reader.damage) or None,
-            "frames_per_second": round(self.frames / busy, 3) if busy else 0.0,
+            "damage": str(damage) or None,
+            "events": self.watch.events,
+            "event_count": self.watch.count,
+            "seconds": round(self.seconds, 3),
+            "frames_per_second": round((self.frames + self.not_finite) / self.seconds, 3) if self.seconds else 0.0,
             "latency": {
                 "frame": self.whole.summary(),
                 "decode": self.decode.summary(),
                 "preprocess": self.preprocess.summary(),
                 "model": self.model.summary(),
+                "write": self.writing.summary(),
             },
             "state_bytes": self.camera.state_bytes,
             "change": self.changes.summary(),

@@ -47,12 +47,13 @@ class VideoError(Exception):
 class Frame:
     """index: 0, 1, 2, ... in the order handed out.  time: the frame's own timestamp in seconds, None where it has none.
 
-    rgb: (h, w, 3) uint8.
+    rgb: (h, w, 3) uint8.  picture: the same frame for a person, in its own proportions, where `show` asked for it.
     """
 
     index: int
     time: float | None
     rgb: Tensor
+    picture: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +76,20 @@ class VideoInfo:
 
 @dataclass(slots=True)
 class Damage:
-    """What could not be read; false while nothing was lost.  Only the first few notes are kept, all are counted."""
+    """What could not be read; false while nothing was lost.  Only the first few notes are kept, all are counted.
+
+    lost: frames that are gone, as far as they can be counted.
+    """
 
     count: int = 0
+    lost: int = 0
     notes: list[str] = field(default_factory=list)
 
     KEEP = 5
 
-    def add(self, note: str) -> None:
+    def add(self, note: str, lost: int = 0) -> None:
         self.count += 1
+        self.lost += lost
         if len(self.notes) < self.KEEP:
             self.notes.append(note)
 
@@ -150,21 +156,28 @@ class VideoReader:
     """Iterates over the frames of one file.  `damage` grows while it does; `done` is true once the end was reached.
 
     One pass: a second one opens the file again.  Use as a context manager, or call `close`.
+    path: what messages call it.  source: what `av.open` gets, by default the file of that name; options: its others.
     """
 
+    live = False  # true where frames go on coming whether somebody reads them or not
+    abandoned = False  # true where a thread hangs in it: it must not be closed under that
+
     def __init__(
-        self, path: Path, size: tuple[int, int] | None, *, threads: int = 0, data: bytes | None = None
+        self,
+        path: str | os.PathLike,
+        size: tuple[int, int] | None = None,
+        *,
+        threads: int = 0,
+        source: Any = None,
+        **options: Any,
     ) -> None:
         av = import_av()
         self.path = path
-        self.size = size
-        self.damage = Damage()
-        self.done = False
-        self._count = 0
-        self._scaler = _Scaler(size)
+        self._is_file = source is None
+        self._start(size)
         try:
             # An absolute path cannot be mistaken for one of FFmpeg's protocols, whatever the file is called.
-            self._container = av.open(io.BytesIO(data) if data is not None else os.path.abspath(path))
+            self._container = av.open(os.path.abspath(path) if source is None else source, **options)
         except (av.FFmpegError, OSError) as error:
             raise VideoError(f"{path} is not a video that FFmpeg can read ({_words(error)})") from error
         try:
@@ -176,6 +189,21 @@ class VideoReader:
         except Exception:
             self._container.close()
             raise
+
+    def _start(self, size: tuple[int, int] | None) -> None:
+        self.damage = Damage()
+        self.done = False
+        self._count = self._given = 0
+        self._interlaced = False
+        self.show(size)
+
+    def show(self, size: int | tuple[int, int] | None, picture: int | None = None) -> None:
+        """Sets the size of the frames handed out, and asks for a `picture` with sides of at most so many pixels.
+
+        The sides of a picture are even, as encoders want them.
+        """
+        self.size = (size, size) if isinstance(size, int) else size
+        self._scaler = _Scaler(self.size, picture)
 
     def _pick_stream(self, av: Any) -> Any:
         if self._container.format.name == "tty":  # FFmpeg draws any .txt or .nfo file as a terminal
@@ -219,15 +247,16 @@ class VideoReader:
         self.close()
 
     def close(self) -> None:
-        self._container.close()
+        if not self.abandoned:
+            self._container.close()
 
     def __iter__(self) -> Iterator[Frame]:
-        for time, rgb in self._decode():
-            yield Frame(self._count, time, rgb)
+        for time, (rgb, picture) in self._decode():
+            yield Frame(self._count, time, rgb, picture)
             self._count += 1
         self.done = True
 
-    def _decode(self) -> Iterator[tuple[float | None, Tensor]]:
+    def _decode(self) -> Iterator[tuple[float | None, Pictures]]:
         """Packet by packet.  After a bad one: what the decoder still holds, then on from the next keyframe.
 
         Going straight on shows repeated and smeared pictures in the wrong order (seen with H.264: frame 88 handed out
@@ -236,10 +265,11 @@ class VideoReader:
         av = import_av()
         context = self._stream.codec_context
         clock = _Clock(self._stream.average_rate, self.damage, gaps=self.info.frames is None)
-        wait_for_key, skipped, packets = False, 0, 0
+        wait_for_key, skipped, packets, hidden = False, 0, 0, 0
         for packet in self._demux(av, clock):
             flush = packet.size == 0  # the end: the decoder gives what it still holds
             packets += not flush
+            hidden += packet.is_discard  # before the start of an edit list
             if flush and wait_for_key:
                 break
             if not flush:
@@ -248,7 +278,9 @@ class VideoReader:
                     skipped += 1
                     continue
             if wait_for_key and skipped:
-                self.damage.add(f"{skipped} frames up to the next keyframe, at {clock.describe(packet)}, were left out")
+                self.damage.add(
+                    f"{skipped} frames up to the next keyframe, at {clock.describe(packet)}, were left out", skipped
+                )
             wait_for_key, skipped = False, 0
             try:
                 if packet.is_corrupt:
@@ -256,17 +288,27 @@ class VideoReader:
                 yield from self._convert(av, packet.decode())
             except av.FFmpegError as error:
                 where = "at the end" if flush else f"at {clock.describe(packet)}"
-                self.damage.add(f"a packet {where} could not be decoded ({_words(error)})")
+                self.damage.add(f"a packet {where} could not be decoded ({_words(error)})", 1)
                 if flush:
                     break
                 yield from self._drain(av, context, packet.pts)
                 wait_for_key = True
         if skipped:
-            self.damage.add(f"{skipped} frames up to the end were left out, as no keyframe came any more")
+            self.damage.add(f"{skipped} frames up to the end were left out, as no keyframe came any more", skipped)
         declared = self.info.frames
         if declared and packets < declared:
-            self.damage.add(f"the file ends early: it declares {declared} frames and holds {packets}")
+            self.damage.add(
+                f"the file ends early: it declares {declared} frames and holds {packets}", declared - packets
+            )
         clock.check_end(self._container)
+        if self.damage:
+            return
+        expected = packets - hidden
+        one_each = self.info.codec in _A_FRAME_A_PACKET and not self._interlaced  # a packet may be a field
+        if one_each and self._given < expected:
+            self.damage.add(f"the decoder gave {self._given} frames for {expected} packets", expected - self._given)
+        if self._is_file and (why := _broken_off(self.path, self._container.format.name)):
+            self.damage.add(why)
 
     def _demux(self, av: Any, clock: _Clock) -> Iterator[Any]:
         """Packets of the video stream.  A read error is damage; reading goes on for as long as packets still come."""
@@ -280,39 +322,59 @@ class VideoReader:
                     clock.note_end(packet)
                 return
             except (av.FFmpegError, OSError) as error:
-                self.damage.add(f"the file could not be read {clock.last()} ({_words(error)})")
+                hint = ""
+                if not self._is_file and clock.before is None and "mov" in self._container.format.name:
+                    hint = "; an MP4 with its index at its end cannot be read from a pipe"
+                self.damage.add(f"the file could not be read {clock.last()} ({_words(error)}{hint})")
                 if not progress:
                     return
 
-    def _drain(self, av: Any, context: Any, bad: int | None) -> Iterator[tuple[float | None, Tensor]]:
+    def _drain(self, av: Any, context: Any, bad: int | None) -> Iterator[tuple[float | None, Pictures]]:
         """What the decoder still holds, but for the frame of the bad packet; then it starts anew."""
         with contextlib.suppress(av.FFmpegError):  # the damage itself was recorded by the caller
             frames = context.decode(None)
             yield from self._convert(av, [frame for frame in frames if frame.pts != bad and not frame.is_corrupt])
         context.flush_buffers()
 
-    def _convert(self, av: Any, frames: list[Any]) -> Iterator[tuple[float | None, Tensor]]:
+    def _convert(self, av: Any, frames: list[Any]) -> Iterator[tuple[float | None, Pictures]]:
         """A frame that the decoder itself calls corrupt (patched up from its neighbours) counts as a bad packet."""
         base = self._stream.time_base  # frames out of a drained decoder carry no time base of their own
         for frame in frames:
             if frame.is_corrupt:
                 raise av.InvalidDataError(0, "its frame is corrupt")
+            self._given += 1
+            self._interlaced = self._interlaced or frame.interlaced_frame
             yield float(frame.pts * base) if frame.pts is not None and base else None, self._scaler(frame)
 
 
-class _Scaler:
-    """FFmpeg frame -> (h, w, 3) uint8.  One swscale context for the video: one a frame costs more than decoding."""
+Pictures = tuple[Tensor, "Tensor | None"]  # for the model, and for a person where one was asked for
 
-    def __init__(self, size: tuple[int, int] | None) -> None:
+
+class _Scaler:
+    """FFmpeg frame -> (h, w, 3) uint8, upright.  One swscale context for each size: one a frame costs more than
+    decoding."""
+
+    def __init__(self, size: tuple[int, int] | None, picture: int | None = None) -> None:
         from av.video.reformatter import VideoReformatter
 
-        self.size = size
-        self.reformatter = VideoReformatter()
+        self.size, self.picture = size, picture
+        self.for_model, self.for_person = VideoReformatter(), VideoReformatter()
 
-    def __call__(self, frame: Any) -> Tensor:
-        height, width = self.size or (frame.height, frame.width)
+    def __call__(self, frame: Any) -> Pictures:
+        turns = round(frame.rotation / 90) % 4  # a quarter to the left each
+        height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
+        rgb = self._scale(self.for_model, frame, self.size or (height, width), turns)
+        if self.picture is None:
+            return rgb, None
+        shrink = min(1.0, self.picture / max(height, width))
+        even = tuple(max(2, 2 * round(side * shrink / 2)) for side in (height, width))
+        return rgb, self._scale(self.for_person, frame, even, turns)
+
+    @staticmethod
+    def _scale(reformatter: Any, frame: Any, size: tuple[int, ...], turns: int) -> Tensor:
+        height, width = size[::-1] if turns % 2 else size
         # threads=1: at these sizes a second swscale thread costs more than it saves.
-        out = self.reformatter.reformat(
+        out = reformatter.reformat(
             frame,
             width,
             height,
@@ -322,7 +384,7 @@ class _Scaler:
             interpolation="BILINEAR",
             threads=1,
         )
-        return torch.from_numpy(np.array(out.to_ndarray()))
+        return torch.from_numpy(np.array(np.rot90(out.to_ndarray(), turns), order="C"))
 
 
 class _Clock:
@@ -333,23 +395,36 @@ class _Clock:
         self.damage = damage
         self.gaps = gaps and self.period is not None
         self.steps = self.regular = 0
+        self.jumps: list[tuple[float, float]] = []
         self.before: float | None = None
         self.end = 0.0
 
     def tick(self, packet: Any) -> None:
-        """A jump in a stream that was regular until then: packets are gone (Matroska and TS skip damage in silence)."""
+        """A jump in a stream that is regular else: packets are gone (Matroska and TS skip damage in silence)."""
         if packet.dts is None:
             return
         now = float(packet.dts * packet.time_base)
         if self.before is not None and self.gaps:
             step = now - self.before
-            if self.steps >= 10 and self.regular >= 0.95 * self.steps and step > 3.5 * self.period:
-                missing = round(step / self.period) - 1
-                self.damage.add(f"about {missing} frames are missing between {self.before:.3f} s and {now:.3f} s")
+            if step > 3.5 * self.period:
+                self.jumps.append((self.before, now))
             else:
                 self.steps += 1
                 self.regular += step < 1.5 * self.period
+            self._judge_jumps()
         self.before = now
+
+    def _judge_jumps(self) -> None:
+        """Only what lies between tells a damaged stream from one with a rhythm of its own."""
+        if self.steps < 10 or not self.jumps:
+            return
+        if self.regular >= 0.95 * self.steps:
+            for before, now in self.jumps:
+                missing = round((now - before) / self.period) - 1
+                self.damage.add(f"about {missing} frames are missing between {before:.3f} s and {now:.3f} s", missing)
+        else:
+            self.steps += len(self.jumps)
+        self.jumps.clear()
 
     def describe(self, packet: Any) -> str:
         stamp = packet.pts if packet.pts is not None else packet.dts
@@ -368,7 +443,44 @@ class _Clock:
             return
         declared = container.duration / 1e6
         if self.end < declared - max(0.2, 2.5 * (self.period or 0.0)):
-            self.damage.add(f"the file ends early: it declares {declared:.2f} s and holds {self.end:.2f} s")
+            lost = round((declared - self.end) / self.period) if self.period else 0
+            self.damage.add(f"the file ends early: it declares {declared:.2f} s and holds {self.end:.2f} s", lost)
+
+
+_A_FRAME_A_PACKET = ("h264", "hevc", "vp9", "av1", "mjpeg")  # MPEG-4 in AVI has packets that stand for nothing
+
+
+def _broken_off(path: str | os.PathLike, container: str) -> str:
+    """Why this file is not as long or not as whole as its container demands, where FFmpeg is silent about it."""
+    path = Path(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(_LOOK)
+        file.seek(max(0, size - _LOOK))
+        tail = file.read()
+    if "matroska" in container:
+        place = head.find(b"\x18\x53\x80\x67") + 4  # the segment, which holds everything
+        first = head[place] if 4 <= place < len(head) else 0
+        width = 9 - first.bit_length()
+        length = int.from_bytes(head[place : place + width], "big") - (1 << 7 * width)
+        unknown = length == (1 << 7 * width) - 1  # a live recording
+        if first and not unknown and place + width + length > size:
+            return f"the file ends early: it declares {place + width + length} bytes and holds {size}"
+    if container == "mpegts":
+        for unit, offset in ((188, 0), (192, 4), (204, 0)):
+            marks = head[offset::unit]
+            if marks.count(b"G") < 0.5 * len(marks):
+                continue
+            begin = -(size - len(tail)) % unit + offset
+            if size % unit:
+                return "the file ends in the middle of a transport packet"
+            if len(marks) != marks.count(b"G") or set(tail[begin::unit]) != {71}:
+                return "transport packets at its start or its end are broken"
+            break
+    return ""
+
+
+_LOOK = 1 << 18  # bytes at either end
 
 
 class DicomReader(VideoReader):
@@ -393,15 +505,14 @@ class DicomReader(VideoReader):
             raise VideoError(f"{path} is not a DICOM file that can be read ({why})") from error
         ds = self._dataset
         if self._video:
-            super().__init__(path, size, threads=threads, data=data)
+            super().__init__(path, size, threads=threads, source=io.BytesIO(data))
             declared = int(ds.get("NumberOfFrames") or 0) or self.info.frames
             self.info = replace(self.info, container="dicom", fps=self.info.fps or _dicom_fps(ds), frames=declared)
             return
         if not ds.get("Rows") or not ds.get("Columns"):
             raise VideoError(f"{path} is a DICOM file without pictures ({ds.get('Modality') or 'no modality'})")
-        self.path, self.size = path, size
-        self.damage, self.done, self._count = Damage(), False, 0
-        self._scaler = _Scaler(size)
+        self.path = path
+        self._start(size)
         name = pydicom.uid.UID(syntax).name
         self.info = VideoInfo(
             path=str(path),
@@ -417,7 +528,7 @@ class DicomReader(VideoReader):
         if self._video:
             super().close()
 
-    def _decode(self) -> Iterator[tuple[float | None, Tensor]]:
+    def _decode(self) -> Iterator[tuple[float | None, Pictures]]:
         if self._video:
             yield from super()._decode()
             return
@@ -442,6 +553,7 @@ class DicomReader(VideoReader):
                     first = f"the first of them frame {here} ({_words(error)})"
                     self.damage.add("")
                     place = len(self.damage.notes) - 1
+                self.damage.lost += 1
                 self.damage.notes[place] = f"{lost} of {total} frames could not be decoded, {first}"
                 here += 1
 

@@ -20,7 +20,7 @@ pytest.importorskip("pydicom")
 import endomamba
 from endomamba import cli
 from endomamba.models import create_model
-from endomamba.video import write_video
+from endomamba.video import open_video, write_video
 
 ENV = {**os.environ, "PYTHONPATH": str(Path(endomamba.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 
@@ -99,7 +99,7 @@ def test_stream_with_weights(short, weights, tmp_path):
         assert sorted(line["labels"]) == [0, 1, 2, 3], "the number of classes came from the weights"
         assert sum(line["probabilities"]) == pytest.approx(1, abs=1e-5)
         assert line["probabilities"] == sorted(line["probabilities"], reverse=True)
-    summary = json.loads((tmp_path / "run" / "predictions.summary.json").read_text())
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["frames"] == 6 and summary["verify"]["passed"] and summary["damage"] is None
     for word in ("frames/s", "p50", "p99", "bytes carried", "verify   passed", "run/predictions.jsonl"):
         assert word in out
@@ -107,12 +107,25 @@ def test_stream_with_weights(short, weights, tmp_path):
 
 
 def test_demo_streams_the_ultrasound_clip(tmp_path):
-    code, out, err = run("demo", "--max-frames", 18, cwd=tmp_path)
+    code, out, err = run("demo", "--clip", "ultrasound", "--max-frames", 18, cwd=tmp_path)
     assert code == 0, err
     assert out.startswith("This streams a medical video")
     assert "ultrasound" in out and "labels mean nothing yet" in out and "verify   passed" in out
     assert "so it was carried" in out, "and the check could have failed"
     assert len(records(tmp_path / "endomamba-demo" / "predictions.jsonl")) == 18
+    for name in ("annotated.mp4", "timeline.png", "summary.json"):
+        assert f"\n  {name} " in out and f"endomamba-demo/{name}" in out
+        assert (tmp_path / "endomamba-demo" / name).stat().st_size > 500
+
+
+def test_demo_draws_a_colonoscopy(tmp_path, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "_stream", lambda args: seen.append(args) or 0)
+    monkeypatch.setattr(cli, "DEMO_FRAMES", 2)
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 0
+    assert "a synthetic colonoscopy of 2 frames" in capsys.readouterr().out
+    with open_video(seen[0].video) as reader:
+        assert len(list(reader)) == 2
 
 
 def test_killed_in_the_middle_leaves_whole_lines(long, tmp_path):
@@ -135,7 +148,7 @@ def test_ctrl_c_keeps_the_lines_and_says_what_was_done(long, tmp_path):
     lines = records(path)
     assert process.returncode == 130 and "Traceback" not in err and "stopped by Ctrl-C" in err
     assert 5 <= len(lines) < 900 and f"stopped  by Ctrl-C, {len(lines)} frames" in out
-    summary = json.loads(path.with_suffix(".summary.json").read_text())
+    summary = json.loads((path.parent / "summary.json").read_text())
     assert summary["frames"] == len(lines) and summary["stopped"] == "by Ctrl-C"
 
 

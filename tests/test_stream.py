@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from endomamba.models import create_model
-from endomamba.stream import FrameStream, JsonLines, Latency, NonFiniteOutput, StreamSession, Trace, Verifier
+from endomamba.stream import (
+    CameraWatch,
+    FrameStream,
+    JsonLines,
+    Latency,
+    NonFiniteOutput,
+    StreamSession,
+    Trace,
+    Verifier,
+)
 from endomamba.video import Damage, Frame, VideoInfo, normalisation
 
 SIZE = 32
@@ -41,6 +50,8 @@ def normalised(number: int) -> torch.Tensor:
 
 class Source:
     """Stands for a video file: the pictures `first`, `first` + 1, ..."""
+
+    live = False
 
     def __init__(self, frames: int, first: int = 0):
         self.frames, self.first = frames, first
@@ -242,14 +253,78 @@ def test_session_stops_where_it_is_told_and_says_so(model):
     assert "No space left" in session.summary()["stopped"] and session.frames == 0
 
 
-def test_an_output_that_is_not_finite_ends_the_stream_before_its_line(model):
+class Blinking(Source):
+    """The pictures whose numbers are in `bad` are black."""
+
+    def __init__(self, frames, bad):
+        super().__init__(frames)
+        self.bad = set(bad)
+
+    def __iter__(self):
+        for frame in super().__iter__():
+            if frame.index in self.bad:
+                frame.rgb.zero_()
+            yield frame
+
+
+def poisoned_by_black(model):
+    """A FrameStream that gives NaN for a black picture, and whose state is NaN from then on."""
+
+    class Poisoned(FrameStream):
+        def __call__(self, frame):
+            output = super().__call__(frame)
+            if float(frame.std(dim=(1, 2)).max()) == 0:
+                with torch.inference_mode():
+                    self._state.ssm.fill_(float("nan"))
+                return output * float("nan")
+            return output
+
+    return Poisoned(model)
+
+
+def test_a_frame_the_model_cannot_digest_leaves_no_trace(model):
+    lines, said, bad = [], [], {0, 7, 8}
+    session = StreamSession(poisoned_by_black(model), Blinking(20, bad), lines.append, report=said.append)
+    session.run()
+    assert [line["frame"] for line in lines] == list(range(20))
+    assert {line["frame"] for line in lines if line["fault"] == "not finite"} == bad
+    assert all(line["labels"] == [] for line in lines if line["frame"] in bad)
+    good = [line for line in lines if line["fault"] is None]
+    truth = parallel(model, [line["frame"] for line in good]).softmax(-1)
+    for line, row in zip(good, truth, strict=True):
+        assert line["probabilities"] == pytest.approx(sorted(row.tolist(), reverse=True), abs=2e-5)
+    summary = session.summary()
+    assert (summary["frames"], summary["not_finite"], summary["decoded"]) == (17, 3, 20)
+    assert said == ["the model's output at frame 0 is not finite; the stream goes on without the frame"]
+
+
+def test_weights_that_are_broken_end_the_stream(model):
     broken = create_model("endomamba", **TINY).eval()
     with torch.no_grad():
         broken.head.weight.fill_(float("nan"))
     lines = []
-    with pytest.raises(NonFiniteOutput, match="at frame 0 is not finite"):
-        StreamSession(FrameStream(broken), Source(3), lines.append).run()
-    assert lines == []
+    with pytest.raises(NonFiniteOutput, match="at 25 frames in a row up to frame 24: its weights are damaged"):
+        StreamSession(FrameStream(broken), Source(60), lines.append).run()
+    assert len(lines) == 25 and all(line["fault"] for line in lines)
+
+
+def test_black_and_frozen_pictures_are_reported():
+    watch, started = CameraWatch(limit=5), []
+    black, still = torch.full((4, 4, 3), 9, dtype=torch.uint8), torch.full((4, 4, 3), 99, dtype=torch.uint8)
+    rolls = [still + i for i in range(10)] + [black + i % 3 for i in range(7)] + [still] * 4 + [still + 1] * 6
+    for i, rgb in enumerate(rolls):
+        if (event := watch.add(Frame(i, i / 10, rgb))) is not None:
+            started.append((i, event["what"]))
+    assert started == [(14, "black"), (25, "frozen")], "four equal frames are none"
+    assert watch.events[0] == {"what": "black", "first": 10, "last": 16, "from": 1.0, "to": 1.6, "frames": 7}
+    assert (watch.events[1]["first"], watch.events[1]["last"]) == (21, 26) and watch.count == 2
+
+
+def test_stop_ends_at_a_frame(model):
+    lines = []
+    session = StreamSession(FrameStream(model), Source(10_000), lines.append)
+    session.run(on_frame=lambda record: session.stop("by SIGTERM") if record["frame"] == 6 else None)
+    assert len(lines) == 7 and session.summary()["stopped"] == "by SIGTERM"
 
 
 def test_long_stream_has_flat_memory_and_stays_equal():
@@ -298,7 +373,8 @@ def test_latency_percentiles():
     assert latency.percentile(50) == pytest.approx(0.5, rel=0.01)
     assert latency.percentile(99) == pytest.approx(0.99, rel=0.01)
     assert latency.summary()["mean_ms"] == pytest.approx(500.5)
-    assert Latency().summary() == {"mean_ms": 0.0, "p50_ms": 0.0, "p99_ms": 0.0}
+    assert latency.summary()["max_ms"] == 1000
+    assert Latency().summary() == dict.fromkeys(("mean_ms", "p50_ms", "p95_ms", "p99_ms", "max_ms"), 0.0)
     latency.add(0.0)
     latency.add(1e9)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -78,17 +79,100 @@ def read(path, size=None):
 # ---- frame accuracy
 
 
+def needs_encoder(codec):
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no encoder {codec}")
+
+
+FAST = {
+    "libx265": {"preset": "ultrafast", "x265-params": "log-level=none:pools=1"},
+    "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8"},
+    "libsvtav1": {"preset": "8", "crf": "15", "svtav1-params": "lp=1"},
+}
+
+
 @pytest.mark.parametrize(
     ("name", "codec"),
-    [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.avi", "mpeg4"), ("a.avi", "mjpeg"), ("a.webm", "libvpx-vp9")],
+    [
+        ("a.mp4", "libx264"),
+        ("a.mkv", "libx264"),
+        ("a.ts", "libx264"),
+        ("a.mp4", "libx265"),
+        ("a.webm", "libvpx-vp9"),
+        ("a.mp4", "libsvtav1"),
+        ("a.mp4", "mpeg4"),
+        ("a.avi", "mpeg4"),
+        ("a.avi", "mjpeg"),
+    ],
 )
 @pytest.mark.parametrize("size", [None, 224])
 def test_every_frame_comes_once_in_order_with_its_own_time(tmp_path, name, codec, size):
-    frames, reader = read(encode(tmp_path / name, 40, codec=codec), size)
+    needs_encoder(codec)
+    frames, reader = read(encode(tmp_path / name, 40, codec=codec, options=FAST.get(codec)), size)
     assert [number for _, number in frames] == list(range(40))
-    assert [time for time, _ in frames] == pytest.approx([i / FPS for i in range(40)], abs=2e-3)
+    begin = frames[0][0] if name == "a.ts" else 0.0  # a transport stream begins at any time
+    assert [time - begin for time, _ in frames] == pytest.approx([i / FPS for i in range(40)], abs=2e-3)
     assert not reader.damage and reader.done
     assert (reader.info.height, reader.info.width, reader.info.fps) == (H, W, FPS)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_a_variable_frame_rate_keeps_every_time(tmp_path, name):
+    """From 12 ms to 1.5 s between two frames; none is doubled, left out or moved."""
+    rng = np.random.default_rng(0)
+    ticks = np.cumsum(np.concatenate([[0], rng.integers(12, 100, 20), [1500], rng.integers(12, 100, 18)]))
+    path = tmp_path / name
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=1000)
+        stream.height, stream.width, stream.pix_fmt = H, W, "yuv420p"
+        for i, tick in enumerate(ticks):
+            frame = av.VideoFrame.from_ndarray(picture(i), "rgb24")
+            frame.pts, frame.time_base = int(tick), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    frames, reader = read(path)
+    assert [number for _, number in frames] == list(range(40)) and not reader.damage
+    assert [time for time, _ in frames] == pytest.approx(ticks / 1000, abs=1.1e-3)
+
+
+def rotated(path, degrees):
+    """Sets the display matrix of an mp4's track: so many degrees to the left on the screen."""
+    data = bytearray(path.read_bytes())
+    place = data.find(b"tkhd") + 44
+    cos, sin = {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
+    matrix = [cos << 16, -sin << 16, 0, sin << 16, cos << 16, 0, 0, 0, 1 << 30]
+    data[place : place + 36] = np.array(matrix, ">i4").tobytes()
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+@pytest.mark.parametrize("size", [None, (112, 192), (64, 128)])
+def test_a_rotation_flag_is_obeyed(tmp_path, degrees, size):
+    path = rotated(encode(tmp_path / "a.mp4", 3, options={"crf": "8"}), degrees)
+    upright = torch.from_numpy(np.rot90(picture(1), degrees // 90).copy())
+    with open_video(path) as reader:
+        reader.show(size, picture=100)
+        frame = list(reader)[1]
+    expected = preprocess(upright, size or upright.shape[:2], mean=(0, 0, 0), std=(1, 1, 1)).movedim(0, -1) * 255
+    assert frame.rgb.shape == expected.shape
+    assert (frame.rgb - expected).abs().mean() < 6, "turned the wrong way it is off by more than 40"
+    height, width = upright.shape[:2]
+    assert frame.picture.shape == ((100, 58, 3) if height > width else (58, 100, 3))
+
+
+@pytest.mark.parametrize(("height", "width"), [(111, 191), (37, 64), (64, 35), (1, 1)])
+def test_odd_sizes(tmp_path, height, width):
+    path = tmp_path / "a.mkv"
+    pictures = [np.full((height, width, 3), 60 * i, np.uint8) for i in range(4)]
+    write_video(path, pictures, codec="ffv1", pix_fmt="yuv444p")
+    with open_video(path) as reader, open_video(path) as small:
+        small.show(32, picture=50)
+        for i, (frame, other) in enumerate(zip(reader, small, strict=True)):
+            assert frame.rgb.shape == (height, width, 3) and other.rgb.shape == (32, 32, 3)
+            assert (frame.rgb.int() - 60 * i).abs().max() <= 3 and (other.rgb.int() - 60 * i).abs().max() <= 3
+            assert all(side % 2 == 0 and 2 <= side <= 50 for side in other.picture.shape[:2])
+    assert not reader.damage
 
 
 def test_size_is_height_and_width_and_the_picture_is_squashed(tmp_path):
