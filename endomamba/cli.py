@@ -608,7 +608,7 @@ def _verify_lines(verify: dict[str, Any]) -> list[str]:
     without = verify["difference_without_state"]
     if without is None:
         lines.append("         the clip is too short to show what the carried state does to the output")
-    elif without > 10 * verify["tolerance"]:
+    elif without > 100 * verify["tolerance"]:
         lines.append(f"         without the carried state they would differ by {without:.1e}, so it was carried")
     else:
         lines.append(f"         without the carried state they would differ by {without:.1e} only, which proves little")
