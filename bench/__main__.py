@@ -14,6 +14,7 @@ if not __package__:  # started as a directory: there `bench` may name something 
 COMMANDS = {
     "ab": "bench.ab",
     "profile": "bench.profile",
+    "run": "bench.run",
 }
 
 
