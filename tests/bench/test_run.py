@@ -120,12 +120,12 @@ def fakes(monkeypatch):
 
 def test_rows_and_what_is_missing(fakes, tmp_path, capsys):
     out = tmp_path / "run.json"
-    command = ["run", "frames", "--marks", "1,4,9", "--rounds", "5", "--out", str(out)]
+    command = ["run", "frames", "--marks", "1,4,9", "--rounds", "2", "--out", str(out)]
     assert main(command) == 0
     result = json.loads(out.read_text())
     assert [(row["provider"], row["mark"]) for row in result["rows"]] == [("good", 1), ("good", 4)]
     row = result["rows"][1]
-    assert row["ms"]["calls"] == 5 and 0 < row["ms"]["p5"] <= row["ms"]["median"] <= row["ms"]["p95"]
+    assert row["ms"]["calls"] == 6 and 0 < row["ms"]["p5"] <= row["ms"]["median"] <= row["ms"]["p95"]
     assert row["state_bytes"] == 400 and row["launches"] == 2 and 8000 <= row["peak_bytes"] < 8100
     why = {m["provider"]: m["why"] for m in result["missing"]}
     assert set(why) == {"wrong", "nan", "absent", "good"} and "no time is given" in why["nan"]
