@@ -135,11 +135,11 @@ def facts(rows: list[dict]) -> str:
     last = {row["provider"]: row for row in sorted(rows, key=lambda row: row["mark"])}
     columns = {
         "launches": lambda row: f"{row['launches']}",
-        "ms of the host": lambda row: short(row["host_ms"]["median"]),
+        "ms of the host": lambda row: short(row["host"]["median"]),
         "calls": lambda row: f"{row['ms']['calls']}",
         "relative error": lambda row: f"{row['error']:.0e}",
     }
-    if all(row["host_ms"] == row["ms"] for row in rows):
+    if all(row["host"] == row["ms"] for row in rows):
         del columns["ms of the host"]
     lines = ["| at the last mark | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
     for name in dict.fromkeys(row["provider"] for row in rows):

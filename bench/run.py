@@ -92,13 +92,8 @@ def run(args: argparse.Namespace) -> None:
         if not wanted:
             raise Wrong(f"--only {args.only}: no provider of part {part} has that in its name")
         subjects = checked(part, wanted, options.tolerance, result)
-        for mark in marks[part]:
-            done = {(row["part"], row["mark"], row["provider"]) for row in result["rows"]}
-            left = {name: subject for name, subject in subjects.items() if (part, mark, name) not in done}
-            for row in measured(part, mark, left, args, result["missing"]):
-                result["rows"].append(row)
-                print(line(row), flush=True)
-            save(out, result)
+        for row in measured(part, marks[part], subjects, args, result, out):
+            print(line(row), flush=True)
     if out:
         print(f"written to {out}; tables and plots: python -m bench report {out}")
 
@@ -152,9 +147,15 @@ def opened(out: Path | None, meta: dict, fresh: bool) -> dict:
 
 
 def save(out: Path | None, result: dict) -> None:
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+    """A row a line.  Written beside and moved there, so that a run that is cut short leaves the last whole file."""
+    if not out:
+        return
+    rows = ",\n".join(json.dumps(row) for row in result["rows"])
+    rest = json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=1)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(out.name + ".new")
+    beside.write_text(f'{rest[:-2]},\n "rows": [\n{rows}\n]}}\n')
+    beside.replace(out)
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------------
@@ -178,41 +179,60 @@ def checked(part: str, providers: list, tolerance: float, result: dict) -> dict:
     return subjects
 
 
-def measured(part: str, mark: int, subjects: dict, args: argparse.Namespace, missing: list[dict]) -> list[dict]:
-    """A row for each provider; their calls take turns.  A provider that has used its seconds sits out."""
+def measured(
+    part: str, marks: tuple[int, ...], subjects: dict, args: argparse.Namespace, result: dict, out: Path | None
+) -> list[dict]:
+    """The rows of a part.  Every provider at every mark has its turn before any has its next, so that what disturbs the
+    machine disturbs all; the file is whole after each round.
+    """
     import torch
 
     clock = GpuClock(args.device) if args.device.startswith("cuda") else CpuClock()
+    known = {(row["mark"], row["provider"]): row for row in result["rows"] if row["part"] == part}
+    ready = []
     with torch.inference_mode():
-        ready = {}
-        for name, (subject, _) in subjects.items():
-            try:
-                ready[name] = subject.prepare(mark)
-            except MemoryError as error:
-                missing.append({"part": part, "provider": name, "mark": mark, "why": str(error)})
-                print(f"{part:7} {mark:5} {name:28} not measured: {error}", flush=True)
-        times: dict[str, list[float]] = {name: [] for name in ready}
-        host: dict[str, list[float]] = {name: [] for name in ready}
+        for mark in marks:
+            for name, (subject, error) in subjects.items():
+                row = known.get((mark, name))
+                if row and finished(row, args):
+                    continue
+                try:
+                    prepared = subject.prepare(mark)
+                except MemoryError as why:
+                    result["missing"].append({"part": part, "provider": name, "mark": mark, "why": str(why)})
+                    print(f"{part:7} {mark:5} {name:28} not measured: {why}", flush=True)
+                    continue
+                if row is None:
+                    row = {"part": part, "mark": mark, "provider": name, "error": error, "times_ms": [], "host_ms": []}
+                    row |= {"state_bytes": prepared.nbytes} | clock.costs(prepared)
+                ready.append((prepared, row))
         gc.collect()
         gc.disable()  # a full collection walks all of torch and would be counted as the model's
-        for i in range(args.rounds):
-            for name, prepared in ready.items():
-                if i < LEAST or sum(times[name]) < 1e3 * args.seconds:
-                    prepared.rewind()
-                    prepared.call()  # the others' turns cost it its caches, which in a stream it keeps
-                    for _ in range(TURN):
-                        prepared.rewind()
-                        took, of_host = clock.time(prepared.call)
-                        times[name].append(took)
-                        host[name].append(of_host)
+        while ready := [(prepared, row) for prepared, row in ready if not finished(row, args)]:
+            for prepared, row in ready:
+                turn(clock, prepared, row)
+            known |= {(row["mark"], row["provider"]): row for _, row in ready}
+            others = [row for row in result["rows"] if row["part"] != part]
+            result["rows"] = others + [known[key] for key in sorted(known, key=lambda key: key[0])]
+            save(out, result)
         gc.enable()
-        return [
-            {
-                "part": part, "mark": mark, "provider": name, "ms": spread(times[name]), "host_ms": spread(host[name]),
-                "state_bytes": prepared.nbytes, "error": subjects[name][1], "load": round(os.getloadavg()[0], 1),
-            } | clock.costs(prepared)
-            for name, prepared in ready.items()
-        ]  # fmt: skip
+    return [row for row in result["rows"] if row["part"] == part]
+
+
+def finished(row: dict, args: argparse.Namespace) -> bool:
+    turns = len(row["times_ms"]) // TURN
+    return turns >= args.rounds or (turns >= LEAST and sum(row["times_ms"]) > 1e3 * args.seconds)
+
+
+def turn(clock, prepared, row: dict) -> None:
+    prepared.rewind()
+    prepared.call()  # not counted: the others' turns cost it its caches, which in a stream it keeps
+    for _ in range(TURN):
+        prepared.rewind()
+        took, of_host = clock.time(prepared.call)
+        row["times_ms"].append(round(took, 5))
+        row["host_ms"].append(round(of_host, 5))
+    row |= {"ms": spread(row["times_ms"]), "host": spread(row["host_ms"]), "load": round(os.getloadavg()[0], 1)}
 
 
 def spread(times: list[float]) -> dict[str, float]:

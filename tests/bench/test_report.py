@@ -17,7 +17,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 def row(provider, mark, ms, part="frames", state=0):
     spread = {"median": ms, "p5": 0.9 * ms, "p95": 1.2 * ms, "calls": 3}
     return {
-        "part": part, "mark": mark, "provider": provider, "ms": spread, "host_ms": spread | {"median": 2.0},
+        "part": part, "mark": mark, "provider": provider, "ms": spread, "host": spread | {"median": 2.0},
         "state_bytes": state,
         "error": 1e-7, "launches": 602, "peak_bytes": 1234567, "load": 1.5,
     }  # fmt: skip

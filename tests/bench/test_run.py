@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from bench import providers
+from bench import providers, run
 from bench.__main__ import main
 from bench.providers import Options, Prepared, Provider
 
@@ -134,6 +134,33 @@ def test_rows_and_what_is_missing(fakes, tmp_path, capsys):
     calls = fakes["good"].rewound
     assert main(command) == 0, "nothing is left to do"
     assert fakes["good"].rewound == calls and json.loads(out.read_text())["rows"] == result["rows"]
+
+
+def test_a_run_that_was_cut_short_goes_on(fakes, tmp_path):
+    """Four turns after two: the first two are kept, not measured again."""
+    out = tmp_path / "run.json"
+    command = ["run", "frames", "--marks", "1,4", "--out", str(out), "--rounds"]
+    assert main([*command, "2"]) == 0
+    before = [row["times_ms"] for row in json.loads(out.read_text())["rows"]]
+    assert main([*command, "4"]) == 0
+    result = json.loads(out.read_text())
+    assert [len(row["times_ms"]) for row in result["rows"]] == [12, 12] and len(result["commands"]) == 1
+    assert [row["times_ms"][:6] for row in result["rows"]] == before
+
+
+def test_marks_take_turns(fakes, monkeypatch):
+    """Both marks have a turn before either has its second."""
+    order = []
+    monkeypatch.setattr(run, "turn", lambda clock, prepared, row: (order.append(row["mark"]), add(row)))
+
+    def add(row):
+        row["times_ms"] += [1.0] * run.TURN
+        row |= {"ms": run.spread([1.0]), "load": 1.0}
+
+    assert main(["run", "frames", "--quick", "--rounds", "2", "--marks", "1,4"]) == 0 and order == [1, 4]
+    order.clear()
+    monkeypatch.setattr(run, "save", lambda out, result: None)
+    assert main(["run", "frames", "--rounds", "2", "--marks", "1,4", "--out", "unused"]) == 0 and order == [1, 4, 1, 4]
 
 
 def test_another_commit_does_not_go_on(fakes, tmp_path, capsys):
