@@ -13,6 +13,9 @@ if not __package__:  # started as a directory: there `bench` may name something 
 # One line a command: its module has a docstring, add_arguments(parser) and main(args) -> exit code.
 COMMANDS = {
     "ab": "bench.ab",
+    "profile": "bench.profile",
+    "run": "bench.run",
+    "report": "bench.report",
 }
 
 

@@ -101,14 +101,15 @@ def cases() -> dict:
 
 
 def launches(case) -> list:
-    """The compiled kernels of a call."""
+    """(name, compiled kernel, grid) of every launch of a call."""
     from triton.runtime.jit import JITFunction
 
     compiled, run = [], JITFunction.run
 
     def record(self, *args, grid, warmup, **options):
-        compiled.append((self.__name__, run(self, *args, grid=grid, warmup=True, **options)))
-        return compiled[-1][1]
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        compiled.append((self.__name__, kernel, grid))
+        return kernel
 
     JITFunction.run = record
     if isinstance(case.function, JITFunction):
@@ -129,6 +130,14 @@ def output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def disassembled(kernel) -> str:
+    """The SASS of a kernel for CUDA."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(kernel.asm["cubin"])
+        return output(tool("cuobjdump"), "-sass", str(cubin))
+
+
 def resources(kernel) -> list[int]:
     """In the order of COLUMNS."""
     shared = kernel.metadata.shared
@@ -147,8 +156,7 @@ def resources(kernel) -> list[int]:
         cubin.write_bytes(kernel.asm["cubin"])
         usage = output(tool("cuobjdump"), "--dump-resource-usage", str(cubin))
         used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-        sass = output(tool("cuobjdump"), "-sass", str(cubin))
-        instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", sass, re.MULTILINE))
+        instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", disassembled(kernel), re.MULTILINE))
         spills = 0
         if used["STACK"] or used["LOCAL"]:
             ptx.write_text(kernel.asm["ptx"])
@@ -165,7 +173,7 @@ def compile_case(name: str, target: str) -> dict[str, list[int]]:
 
     driver.set_active(CompileOnly(target))
     rows = {}
-    for kernel_name, kernel in launches(cases()[name]):
+    for kernel_name, kernel, _ in launches(cases()[name]):
         row, twin = f"{name}:{kernel_name}", 2
         while row in rows:
             row, twin = f"{name}:{kernel_name}#{twin}", twin + 1

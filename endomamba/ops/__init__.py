@@ -1,6 +1,7 @@
 """The ops: one folder each, the same skeleton in all (see CONTRIBUTING.md)."""
 
 from ._backend import backend_info, explain
+from ._nvtx import nvtx_ranges, start_if_asked
 from .add_rms_norm import add_layer_norm, add_rms_norm
 from .bidirectional_scan import bidirectional_scan
 from .causal_conv1d import bidirectional_conv1d, causal_conv1d
@@ -18,5 +19,8 @@ __all__ = [
     "explain",
     "frame_step",
     "mixer_inner",
+    "nvtx_ranges",
     "selective_scan",
 ]
+
+start_if_asked()  # after every op has registered its back ends

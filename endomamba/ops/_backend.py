@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,7 +14,7 @@ NAMES = ("triton", "cuda", "cpu", "reference")
 # What "auto" may take, best first.  The reference runs on a GPU only by name: it would be silently 100x slower.
 AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda")}
 
-TABLES: dict[str, Mapping[str, Backend]] = {}
+TABLES: dict[str, dict[str, Backend]] = {}
 _warned: set[str] = set()
 
 
@@ -27,7 +27,7 @@ class Backend:
     unsupported: Callable[..., list[str]]
 
 
-def register(op: str, table: Mapping[str, Backend]) -> Mapping[str, Backend]:
+def register(op: str, table: dict[str, Backend]) -> dict[str, Backend]:
     TABLES[op] = table
     return table
 

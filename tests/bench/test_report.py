@@ -1,0 +1,100 @@
+"""`python -m bench report`: tables that name the fastest and the missing, plots that are XML, every point in place."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as xml
+
+import pytest
+
+from bench import svg
+from bench.__main__ import main
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def row(provider, mark, ms, part="frames", state=0):
+    spread = {"median": ms, "p5": 0.9 * ms, "p95": 1.2 * ms, "calls": 3}
+    return {
+        "part": part, "mark": mark, "provider": provider, "ms": spread, "host": spread | {"median": 2.0},
+        "state_bytes": state,
+        "error": 1e-7, "launches": 602, "peak_bytes": 1234567, "load": 1.5,
+    }  # fmt: skip
+
+
+RESULT = {
+    "meta": {
+        "device": {"cpu": "a <CPU> & more", "cores": "2"}, "versions": {"torch": "2.13"}, "commit": "0123456789abcdef",
+        "model": "tiny", "size": 224, "depth": None, "threads": 1, "dtype": "float32",
+    },
+    "commands": ["python -m bench run"],
+    "missing": [
+        {"part": "frames", "provider": "mamba-ssm", "why": "not installed"},
+        {"part": "frames", "provider": "twin", "mark": 1000, "why": "too large"},
+    ],
+    "rows": [
+        row("EndoMamba, cpu", 1, 80.0, state=350216), row("twin", 1, 60.0, state=100),
+        row("EndoMamba, cpu", 128, 81.0, state=350216), row("twin", 128, 900.0, state=12800),
+        row("scan, cpu", 49, 0.4, "tokens"), row("attention", 49, 0.1, "tokens"),
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def report(tmp_path):
+    file = tmp_path / "some_run.json"
+    file.write_text(json.dumps(RESULT))
+    assert main(["report", str(file), "--plots", str(tmp_path / "plots")]) == 0
+    plots = {part: xml.parse(tmp_path / "plots" / f"some_run_{part}.svg").getroot() for part in ("frames", "tokens")}
+    return (tmp_path / "some_run.md").read_text(), plots
+
+
+def test_tables(report):
+    text, _ = report
+    assert "| ms | frame 1 | frame 128 |" in text
+    assert "| EndoMamba, cpu | 80 [72, 96] | **81 [72.9, 97.2]** |" in text
+    assert "| twin | **60 [54, 72]** | 900 [810, 1,080] |" in text, "where the other wins, the table says so"
+    assert "| EndoMamba, cpu | 350,216 | 350,216 |" in text and "| twin | 602 | 2 | 3 | 1e-07 |" in text
+    assert "- mamba-ssm: not installed" in text and "- twin at frame 1,000: too large" in text
+    assert "| attention | **0.1 [0.09, 0.12]** |" in text and "commit 0123456789ab" in text
+    tokens = text.split("## The core")[1]
+    assert "bytes carried" not in tokens and "Not measured" not in tokens
+
+
+def test_plots_are_xml_with_all_points(report):
+    frames = report[1]["frames"]
+    assert len(frames.findall(f"{SVG}circle")) == 4 and len(frames.findall(f"{SVG}polyline")) == 2
+    words = [element.text for element in frames.iter(f"{SVG}text")]
+    assert {"EndoMamba, cpu", "twin", "1", "128", "frames seen"} <= set(words)
+    assert any("a <CPU> & more" in word for word in words)
+    ours, twin = (line.get("points") for line in frames.findall(f"{SVG}polyline"))
+    (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in twin.split())
+    assert svg.LEFT < x1 < x2 < svg.WIDTH - svg.RIGHT and y1 > y2, "more milliseconds stand higher"
+    (_, flat), (_, end) = (map(float, point.split(",")) for point in ours.split())
+    assert 0 < flat - end < 3 and y2 < end
+
+
+def test_names_do_not_cover_each_other():
+    placed = svg.spread_out([100, 101, 50, 102])
+    assert placed[2] == 50 and sorted(placed) == placed[2:3] + [100, 115, 130]
+    low = svg.spread_out([svg.HEIGHT, svg.HEIGHT])
+    assert max(low) <= svg.HEIGHT - svg.BOTTOM and abs(low[0] - low[1]) == svg.GAP
+
+
+def test_one_point_and_many_decades():
+    one = svg.chart("t", "s", "x", "y", [svg.Line("a", [(1, 2, 2, 2)])], [1])
+    assert xml.fromstring(one) is not None and "nan" not in one
+    wide = svg.Axis([1e-3, 1e4], 0, 100)
+    assert wide.ticks() == [pytest.approx(10.0**p) for p in range(-3, 5)]
+    assert svg.Axis([1, 9], 0, 100).ticks() == [1, 2, 5]
+
+
+@pytest.mark.parametrize("content", [None, "not json", "[]", '{"rows": []}', '{"rows": [], "meta": {}}'])
+def test_refused(content, tmp_path, capsys):
+    file = tmp_path / "x.json"
+    if content is not None:
+        file.write_text(content)
+    assert main(["report", str(file)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("report: ") and re.search("is not a result|has no rows", line)
