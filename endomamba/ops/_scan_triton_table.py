@@ -1,6 +1,6 @@
-"""How the Triton scan is launched.  FWD, BWD and BWD_TWO are written by `python -m bench.tune_scan --write`, which keeps
-what it measured in bench/results/h200_scan_tuning.json (not yet of BWD_TWO: its four choices were timed on an H200 by
-hand); the table holds for every GPU until another is measured.
+"""How the Triton scan is launched.  FWD, BWD and BWD_TWO are written by `python -m bench.tune_scan --write`, which
+keeps what it measured in bench/results/h200_scan_tuning.json (not yet of BWD_TWO: its four choices were timed on an
+H200 by hand); the table holds for every GPU until another is measured.
 """
 
 # Forward, warps a program and tokens at a time (which changes no bit): more of them where warps are few.
