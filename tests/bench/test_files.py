@@ -24,7 +24,11 @@ def written(tmp_path_factory) -> dict:
     path = tmp_path_factory.mktemp("written") / "base.json"
     chosen = ["bench/test_cases.py", "-k", "add_rms_norm and small-l1-", "--benchmark-max-time=0.02"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *chosen, f"--benchmark-json={path}"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True)
+    # Without what xdist told this process: pytest-benchmark would measure nothing.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | {
+        "OMP_NUM_THREADS": "1"
+    }
+    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout
     return json.loads(path.read_text())
 
