@@ -282,11 +282,12 @@ def test_the_timeline_shows_where_the_label_changes(frames):
 
 
 def test_the_timeline_of_nothing_and_of_no_head():
-    Timeline([], None).draw(SUMMARY)
+    nothing = Timeline([], None).draw(SUMMARY)
     timeline = Timeline([], None)
     for i in range(10):
         timeline(record(i, time=None, labels=[], probabilities=[], change=None if i == 0 else 0.0), None, None)
-    timeline.draw(SUMMARY)
+    drawn = timeline.draw(SUMMARY)
+    assert drawn.size == nothing.size and np.any(np.asarray(drawn) != np.asarray(nothing)), "the latencies are missing"
 
 
 def frame(i, height=48, width=64):

@@ -58,20 +58,13 @@ def one_hots(lane):
 @triton.jit
 def lane_sums(u, v, e, lane, EXACT: tl.constexpr):
     # u, v: 8 values a lane of a pair's first and second token -> lane: one sum, at the kernel's `place`
-    if EXACT:
-        return tl.inline_asm_elementwise(
-            _SUM_EXACT, _SUM_OPERANDS,
-            [u[0], u[1], u[2], u[3], u[4], u[5], u[6], u[7], v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7],
-             e[0], e[1], e[2], e[3], e[4], e[5], e[6], e[7], lane],
-            dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        return tl.inline_asm_elementwise(
-            _SUM, _SUM_OPERANDS,
-            [u[0], u[1], u[2], u[3], u[4], u[5], u[6], u[7], v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7],
-             e[0], e[1], e[2], e[3], e[4], e[5], e[6], e[7], lane],
-            dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
+    TEXT: tl.constexpr = _SUM_EXACT if EXACT else _SUM
+    return tl.inline_asm_elementwise(
+        TEXT, _SUM_OPERANDS,
+        [u[0], u[1], u[2], u[3], u[4], u[5], u[6], u[7], v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7],
+         e[0], e[1], e[2], e[3], e[4], e[5], e[6], e[7], lane],
+        dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
