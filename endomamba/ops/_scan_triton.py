@@ -46,6 +46,19 @@ def _piece(call: _Call, plan: str) -> int:
     return 0 if 4 * warps > room else CHUNK * max(1, call.l * warps // (CHUNK * 2 * room))
 
 
+def _backward_piece(call: _Call, plan: str, blocks: int) -> int:
+    """Tokens of a piece of the backward: half a chunk where whole chunks would leave more programs idle.
+
+    The second half of a chunk walks through the first one to its states: a half takes 0.55 of a chunk's time.
+    """
+    piece = _piece(call, plan)
+    if piece != CHUNK:
+        return piece
+    most = _most(BWD, blocks, call.device)
+    rounds, halves = (triton.cdiv(call.seqs * triton.cdiv(call.l, p), most) for p in (CHUNK, CHUNK // 2))
+    return CHUNK // 2 if 0.55 * halves < rounds else CHUNK
+
+
 def _apart(call: _Call, plan: str) -> bool:
     """Whether the two directions run at the same time; the invariant plan never looks at the number of sequences."""
     if plan == "invariant" or call.n > STATES:
@@ -277,13 +290,18 @@ def scan_fwd(
     return y, finals, chunks
 
 
-def _programs(seqs: int, tokens: int, blocks: int, device: torch.device, per_sm: int) -> tuple[int, bool]:
+def _most(table: dict, blocks: int, device: torch.device) -> int:
+    """Programs of one channel block that are resident."""
+    return max(1, table["per_sm"] * _processors(device) // blocks) if not INTERPRET else 2
+
+
+def _programs(seqs: int, tokens: int, blocks: int, device: torch.device, table: dict) -> tuple[int, bool]:
     """Programs of one channel block, at most as many as are resident, and whether they share sequences.
 
     They do where that shortens the longest share of the `tokens` of each sequence (0: their number is not known), which
     are shared chunk by chunk.
     """
-    most = max(1, per_sm * _processors(device) // blocks) if not INTERPRET else 2
+    most = _most(table, blocks, device)
     whole = triton.cdiv(seqs, most)
     if seqs > most and tokens > CHUNK and seqs * tokens / most + CHUNK / 2 < 0.985 * whole * tokens:
         return most, True
@@ -310,6 +328,11 @@ def _backward_table(call: _Call, side: Direction, dy: Tensor, dz: Tensor, plan: 
     return two
 
 
+def _backward_shared(T: int, CH: int, W: int, quads: int) -> int:
+    """Bytes of shared memory of a program of the backward; the head of its kernel says of what."""
+    return W * (T * (192 * CH + 128 + (256 if W > 1 else 0)) + (T - 1) * 512 * CH * quads)
+
+
 def _backward_launch(
     call: _Call, side: Direction, first: int, states: int, dy: Tensor, grads: tuple[Tensor, ...], dz: Tensor,
     y: Tensor | None, chunk: Tensor, dfinal: Tensor | None, parked: tuple, add: bool, park: bool,
@@ -318,11 +341,12 @@ def _backward_launch(
     x = side.x
     f32, device = torch.float32, x.device
     dx, ddt, dA, dB, dC, dD, ddt_bias, dstate = grads
-    table, piece = _backward_table(call, side, dy, dz, plan), _piece(call, plan)
+    table = _backward_table(call, side, dy, dz, plan)
     T, CH, W = table["T"], table["CH"], table["W"]
     args = _shared_arguments(call, side, first, states, CH * W)
     groups = args["GROUPS"]
     blocks = groups * triton.cdiv(call.d // groups, LANE_CHANNELS * CH * W)
+    piece = _backward_piece(call, plan, blocks)
     splits = triton.cdiv(call.l, piece) if piece else 1
     has_D, has_bias, has_dstate = side.D is not None, side.dt_bias is not None, dstate is not None
     exact = x.dtype == f32
@@ -339,7 +363,7 @@ def _backward_launch(
         _carry(call, side.A, edge, dfinal, total, dstate, splits, back=True)
         has_dstate = False
     alike = 0 if piece or call.cu_seqlens is not None else call.l
-    programs, share = _programs(call.seqs * splits, alike, blocks, device, table["per_sm"])
+    programs, share = _programs(call.seqs * splits, alike, blocks, device, table)
     carry = ready = None
     if share:
         carry = torch.empty(programs, call.d, states, dtype=f32, device=device)
@@ -365,7 +389,7 @@ def _backward_launch(
         SDZ=0 if call.z is None else dz.stride(1), **args, HAS_Z=call.z is not None, OUT=y is not None and not park,
         HAS_D=has_D, HAS_H0=side.initial_state is not None, HAS_DHL=dfinal is not None, HAS_DH0=has_dstate, ADD=add,
         PARK=park, ADD_G=add_g, PARK_G=park_g, EXACT=exact, LS=piece, SHARE=share, T=T, CH=CH, W=W,
-        SHARED=shared_asm(T * W * (192 * CH + 128 + (256 if W > 1 else 0) + 512 * CH * quads)), num_warps=W, **options,
+        SHARED=shared_asm(_backward_shared(T, CH, W, quads)), num_warps=W, **options,
     )  # fmt: skip
     TP, block = 8, 128  # pairs of tokens, parameters a program
     tiles = 0 if const_B and const_C else triton.cdiv(triton.cdiv(longest, 2), TP)

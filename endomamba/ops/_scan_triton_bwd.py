@@ -251,7 +251,8 @@ def _scan_bwd_kernel(
     ASM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     # Grid (P * g * cdiv(d / g, 16 CH W),): a program owns 16 CH W channels and every P-th sequence (LS > 0: piece of LS
-    #   tokens), so dA, dD, ddt_bias stay in registers over all of them; lanes as in _triton_scan.
+    #   tokens; the second of two in a chunk walks through the first), so dA, dD, ddt_bias stay in registers over all of
+    #   them; lanes as in _triton_scan.
     #   SHARE: the P programs of the same channels share the chunks of all sequences evenly.  Program p takes the p-th
     #   part of the list (sequence, chunks last first), its last sequence first: where that is not finished, the state
     #   goes to program p + 1, which finishes it at its own end, when it has long been there (stream-K: Osama et al.,
@@ -263,7 +264,8 @@ def _scan_bwd_kernel(
     # CH channels a lane: two, which are neighbours in memory and one word in 16 bits, share a row of B and of C, the
     #   loads and the sums over channels; they need twice the registers and sequences enough for half the warps.
     # Shared memory, a warp: T rows of B and of C in fp32, what a token has one of a channel (dt, dt x, ds), worked out
-    #   once by the lane that owns it and read by both halves, and the decays of T tokens, from (2) for (3).
+    #   once by the lane that owns it and read by both halves, and the decays of all but the last of T tokens, from (2)
+    #   for (3).
     # Sums over channels (dB, dC): one tf32 matrix product with ones a pair, the program's warps added in a fixed order,
     #   one fp32 row a program and pair of tokens to global memory; a second kernel adds the rows.
     # Traffic: x, dt twice, z, dy once, dx, ddt, dz written: 9 * b*l*d elements, OUT 10; 128 bytes a token and program
@@ -316,7 +318,7 @@ def _scan_bwd_kernel(
         put_B = own_shared + 192 * CH * T + (lane % 32) * 8
         get_B = own_shared + 192 * CH * T + half * 32
         sums = shared + (192 * CH + 128) * T * W
-        kept = sums + (256 * T * W if W > 1 else 0) + warp * (T * CH * Q * 512) + (lane % 32) * 16
+        kept = sums + (256 * T * W if W > 1 else 0) + warp * ((T - 1) * CH * Q * 512) + (lane % 32) * 16
         scr = scratch_ptr + pid.to(tl.int64) * (NB1 * CH * 4 * Q * 32 * W) + lane * 4
     else:
         e = ()
@@ -370,6 +372,7 @@ def _scan_bwd_kernel(
         else:
             begin = 0
             end = walk
+        start = begin - begin % CHUNK if LS > 0 and LS < CHUNK else begin  # of the chunk
         x_p = x_ptr + (base * sx_b + before * SX)
         dt_p = dt_ptr + (base * sdt_b + before * SDT)
         z_p = (z_ptr + (base * sz_b + before * SZ)) if HAS_Z else x_p
@@ -399,7 +402,7 @@ def _scan_bwd_kernel(
             skip = 0
             stop = chunks
         for later in range(skip, stop):
-            k0 = begin + (chunks - 1 - later) * CHUNK
+            k0 = start + (chunks - 1 - later) * CHUNK
             blocks = tl.cdiv(tl.minimum(CHUNK, end - k0), T)
             at = cs_ptr + ((chunk0 + k0 // CHUNK) * d + offs_d) * N + state
             h = load_channels(at, mask_d & (HAS_H0 | (k0 > 0)), NH, NS, half, N, CH, ASM)
@@ -419,6 +422,15 @@ def _scan_bwd_kernel(
             odd_rB = load_rows(
                 B_p, m_p, sB_n, k0 + T, end, walk, frames, lane, T, SB, NH, NS, CONST_B, MASK, REVERSE, TIME, ASM
             )
+            # what (2) begins with of the last T tokens is under way during the walk; the rest comes out of it
+            kb = k0 + (blocks - 1) * T
+            rC = load_rows(
+                C_p, m_p, sC_n, kb, end, walk, frames, lane, T, SC, NH, NS, CONST_C, False, REVERSE, TIME, ASM
+            )
+            r = _output_inputs(
+                z_p, dy_p, s_p, t_p, offs_d, kb, end, walk, frames, half, mask_d, T, SZ, SDY, SY, HAS_Z, ADD,
+                REVERSE, TIME, EVEN, CH, ASM,
+            )  # fmt: skip
             for s in range(0, blocks - 1, 2):
                 kb = k0 + s * T
                 h, q, rB = _rewalk(
@@ -435,16 +447,7 @@ def _scan_bwd_kernel(
             even = blocks % 2 == 1
             q = choose_each(even, q, odd_q)
             rB = choose(even, rB, odd_rB)
-            # the inputs of the last T tokens: some are here already
-            kb = k0 + (blocks - 1) * T
-            rC = load_rows(
-                C_p, m_p, sC_n, kb, end, walk, frames, lane, T, SC, NH, NS, CONST_C, False, REVERSE, TIME, ASM
-            )
-            r = _output_inputs(
-                z_p, dy_p, s_p, t_p, offs_d, kb, end, walk, frames, half, mask_d, T, SZ, SDY, SY, HAS_Z, ADD,
-                REVERSE, TIME, EVEN, CH, ASM,
-            )  # fmt: skip
-            for ss in range(0, blocks):
+            for ss in range(0, blocks - (begin - start) // T):
                 s = blocks - 1 - ss
                 kb = k0 + s * T
                 # what a token has one of
@@ -481,7 +484,8 @@ def _scan_bwd_kernel(
                     a0 = channel_decays(A, dt0, NH, CH, ASM)
                     a1 = channel_decays(A, dt1, NH, CH, ASM)
                     keep(kept, 2 * p, a0, NH, CH, ASM)
-                    keep(kept, 2 * p + 1, a1, NH, CH, ASM)
+                    if p < HT - 1:
+                        keep(kept, 2 * p + 1, a1, NH, CH, ASM)
                     h0 = steps(h, a0, b0, u0, NH, CH)
                     states = states + ((h, h0),)
                     h = steps(h0, a1, b1, u1, NH, CH)
@@ -562,7 +566,8 @@ def _scan_bwd_kernel(
                         SC, NH, NS, CONST_C, False, REVERSE, TIME, CH, ASM,
                     )  # fmt: skip
                     ha, hb = states[p]
-                    a1 = kept_decays(kept, 2 * p + 1, A, dt1, NH, CH, ASM)
+                    if p < HT - 1:
+                        a1 = kept_decays(kept, 2 * p + 1, A, dt1, NH, CH, ASM)
                     dh, dA, dBc, pB1, gB1, gA1 = _token_back(
                         dh, dA, dBc, A, a1, b1, c1, hb, dt1, u1, ds1, NH, CONST_B, CH
                     )
