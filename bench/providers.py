@@ -7,7 +7,7 @@ error by an fp64 reference on another path, and `prepare(mark)`, what is to be t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from bench import cases
 from bench.machine import read
+from bench.published import missing, with_published_kernels
+from bench.published import scan as published_scan
 from bench.vit import ViT
 from bench.worker import relative_error
 from endomamba.models import create_model
@@ -25,7 +27,9 @@ from endomamba.ops import backend_info, selective_scan
 from endomamba.ops._backend import NAMES
 
 CLASSES = 7
-NO_MAMBA = "no adapter from this model to mamba-ssm is written; python -m bench.bench_gpu times its kernels alone"
+SLOW = (
+    "plain PyTorch, token by token: on a GPU seconds a frame and minutes a clip; it is what the others are checked by"
+)
 
 
 @dataclass
@@ -47,20 +51,21 @@ class Provider:
 @dataclass(frozen=True)
 class Options:
     """device: as torch names it; model: tiny, small or middle; size: of a square frame in pixels; depth: None for the
-    published one."""
+    published one; weights: None for those of inference, bf16 on a GPU and fp32 on a CPU."""
 
     device: str = "cpu"
     model: str = "tiny"
     size: int = 224
     depth: int | None = None
+    weights: torch.dtype | None = None
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.device.startswith("cuda") else torch.float32
+        return self.weights or (torch.bfloat16 if self.device.startswith("cuda") else torch.float32)
 
     @property
     def tolerance(self) -> float:
-        return cases.TOLERANCE["bf16" if self.dtype == torch.bfloat16 else "fp32"]
+        return cases.TOLERANCE["bf16" if self.device.startswith("cuda") else "fp32"]
 
     @property
     def width(self) -> int:
@@ -79,22 +84,27 @@ class Options:
 def frame_providers(options: Options) -> list[Provider]:
     no_graph = "" if options.device.startswith("cuda") else "CUDA graphs need a GPU"
     vit = {"tiny": "ViT-Ti/16", "small": "ViT-S/16", "middle": "ViT/16"}[options.model]
-    no_triton = "; ".join(backend_info(options.device)["mixer_inner"]["triton"])
-    found = []
-    for backend in NAMES:
-        why = "; ".join(backend_info(options.device)["mixer_inner"][backend])
-        found.append(provider(f"EndoMamba, {backend}", partial(EndoMamba, options, backend), why))
+    ours = {backend: why for backend, why in reasons(options, "mixer_inner")}
     graphed = partial(Graphed, partial(EndoMamba, options, "triton"))
+    theirs, why_not = partial(Published, options), Published.missing(state=True)
     return [
-        *found,
-        provider("EndoMamba, triton, CUDA graph", graphed, no_graph or no_triton),
-        provider("mamba-ssm, eager", None, NO_MAMBA),
-        provider("mamba-ssm, CUDA graph", None, no_graph or NO_MAMBA),
+        *(provider(f"EndoMamba, {name}", partial(EndoMamba, options, name), why) for name, why in ours.items()),
+        provider("EndoMamba, triton, CUDA graph", graphed, no_graph or ours["triton"]),
+        provider("mamba-ssm, eager", theirs, why_not),
+        provider("mamba-ssm, CUDA graph", partial(Graphed, theirs), no_graph or why_not),
         provider("attention twin, KV cache", partial(Twin, options)),
         provider(f"Endo-FM window{published(options)}", partial(Window, options)),
         provider(vit, partial(Alone, options)),
         provider(f"{vit}, CUDA graph", partial(Graphed, partial(Alone, options)), no_graph),
+        provider(f"{vit}, compiled, CUDA graph", partial(Graphed, partial(Compiled, options)), no_graph),
     ]
+
+
+def reasons(options: Options, op: str) -> Iterator[tuple[str, str]]:
+    """Every back end, and why it is not timed here, or an empty text."""
+    for backend in NAMES:
+        slow = backend == "reference" and options.device.startswith("cuda")
+        yield backend, SLOW if slow else "; ".join(backend_info(options.device)[op][backend])
 
 
 def provider(name: str, make: Callable | None, why: str = "") -> Provider:
@@ -163,6 +173,16 @@ class EndoMamba(Subject):
         super().__init__(options, options.create(f"endomamba_{options.model}", **more))
 
 
+class Published(EndoMamba):
+    """The same weights by mamba-ssm's kernels; the norms are ours."""
+
+    missing = staticmethod(missing)
+
+    def __init__(self, options: Options):
+        super().__init__(options, "triton")
+        with_published_kernels(self.model)
+
+
 class Twin(Subject):
     """Reading mark - 1 frames to fill its cache would take minutes: it is filled with those of one frame, repeated."""
 
@@ -219,6 +239,14 @@ class Alone(Subject):
         return Prepared(partial(self.model, self.frames[1]), lambda: None, 0)
 
 
+class Compiled(Alone):
+    """By torch.compile, every product by the fastest of its choices."""
+
+    def __init__(self, options: Options):
+        super().__init__(options)
+        self.model = torch.compile(self.model, mode="max-autotune-no-cudagraphs", fullgraph=True)
+
+
 class Graphed:
     """Another subject's call, captured.  Its error is that of a replay."""
 
@@ -260,13 +288,14 @@ def captured(call: Callable) -> Callable:
 
 def token_providers(options: Options) -> list[Provider]:
     """The core of a causal layer on one sequence, projections left out: the gated scan, and attention."""
-    found = []
-    for backend in NAMES:
-        why = "; ".join(backend_info(options.device)["selective_scan"][backend])
-        found.append(provider(f"scan, {backend}", partial(Scan, options, backend), why))
-    found.append(provider("mamba-ssm, scan", None, "python -m bench.bench_gpu times it, on a GPU"))
-    found.append(provider("causal attention, SDPA", partial(Attention, options)))
-    return found
+    return [
+        *(
+            provider(f"scan, {name}", partial(Scan, options, name), why)
+            for name, why in reasons(options, "selective_scan")
+        ),
+        provider("mamba-ssm, scan", partial(PublishedScan, options), Published.missing()),
+        provider("causal attention, SDPA", partial(Attention, options)),
+    ]
 
 
 class Scan:
@@ -287,6 +316,23 @@ class Scan:
 
     def prepare(self, mark: int) -> Prepared:
         return Prepared(self.run(mark, self.backend), lambda: None, 0)
+
+
+class PublishedScan(Scan):
+    """mamba-ssm's, its operands in its own layout before the clock starts."""
+
+    def __init__(self, options: Options):
+        super().__init__(options, "reference")
+
+    def run(self, tokens: int, backend: str, dtype: torch.dtype | None = None):
+        run = super().run(tokens, backend, dtype)
+        if dtype is not None:
+            return run
+        values = run.keywords
+        x, dt, z = (values[name].mT.contiguous() for name in ("x", "dt", "z"))
+        B, C = (values[name].mT.contiguous().unsqueeze(1) for name in ("B", "C"))
+        inputs = x, dt, values["A"], B, C, values["D"], z, values["dt_bias"], None
+        return lambda: (published_scan(*inputs).mT,)
 
 
 class Attention:

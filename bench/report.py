@@ -23,6 +23,11 @@ PARTS = {  # part -> heading, what a mark is, title of the plot, axes
     "tokens": (
         "The core of a causal layer", "tokens", "Scan and attention alone", "tokens of one sequence", f"ms {SPREAD}",
     ),
+    "blocks": ("A spatial and a temporal block", "clips", "Two blocks, forward", "clips of 16 frames", f"ms {SPREAD}"),
+    "clips": ("Whole models on clips", "clips", "Answers for clips", "clips of 16 frames", f"ms {SPREAD}"),
+    "training": (
+        "Forward and backward", "clips", "A training step without its optimizer", "clips of 16 frames", f"ms {SPREAD}",
+    ),
 }  # fmt: skip
 OURS = ("EndoMamba, triton", "EndoMamba, cpu", "scan, triton", "scan, cpu")
 
