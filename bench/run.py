@@ -75,6 +75,8 @@ def run(args: argparse.Namespace) -> None:
     marks = marks_of(args)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise Wrong(f"--device {args.device}: there is no GPU here")
+    if args.device == "cuda":
+        args.device = f"cuda:{torch.cuda.current_device()}"
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # its profiler would tell stderr of every start
     torch.set_num_threads(args.threads)
     options = providers.Options(args.device, args.model, *((112, 4) if args.quick else (224, None)))
