@@ -48,8 +48,7 @@ class MambaConfig:
         if self.dt_rank is not None:
             check_int(who, "dt_rank", self.dt_rank, 1)
         for name in ("drop_rate", "drop_path_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{who}: {name} must be in [0, 1), got {getattr(self, name)}")
+            check_range(who, name, getattr(self, name), 0, 1)
         for name, names in (("dt_init", DT_INITS), ("backend", BACKENDS)):
             check_one_of(who, name, getattr(self, name), names)
         if not 0 < self.dt_min <= self.dt_max:
@@ -133,6 +132,13 @@ class EndoMambaConfig(MambaConfig):
 def check_int(who: str, name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{who}: {name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_range(who: str, name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
+    """ValueError unless low <= value < high, or low < value < high where `above`."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not low <= value < high or (above and value == low):
+        raise ValueError(f"{who}: {name} must be in {'(' if above else '['}{low}, {high}), got {value!r}")
 
 
 def check_one_of(who: str, name: str, value: object, names: tuple[str, ...]) -> None:

@@ -17,6 +17,7 @@ e channels of the decoder, p patch size.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from ..video import IMAGENET_MEAN, IMAGENET_STD
 from ._registry import register_model
 from .attention import Mlp, SelfAttention
-from .config import EndoMambaConfig, check_int, check_one_of
+from .config import EndoMambaConfig, check_int, check_one_of, check_range
 from .endomamba import EndoMamba
 from .layers import check_video, run_block, take_tokens, temporal_positions
 from .masking import MASKS, draw_mask, split_places, visible_tokens
@@ -69,29 +70,24 @@ class PretrainConfig(EndoMambaConfig):
             raise ValueError(
                 f"{who}: decoder_heads must not exceed decoder_dim={self.decoder_dim}, got {self.decoder_heads}"
             )
-        if not 0 < self.decoder_norm_eps < 1:
-            raise ValueError(f"{who}: decoder_norm_eps must be in (0, 1), got {self.decoder_norm_eps}")
+        check_range(who, "decoder_norm_eps", self.decoder_norm_eps, 0, 1, above=True)
         if self.teacher_dim is not None:
             check_int(who, "teacher_dim", self.teacher_dim, 1)
         check_one_of(who, "mask", self.mask, MASKS)
-        try:
-            if self.mask != "random":  # whose patches must divide by the frames, which are not known yet
+        check_range(who, "mask_ratio", self.mask_ratio, 0, 1, above=True)
+        if self.mask != "random":  # for which the number of frames decides, and that is not known yet
+            try:
                 self.visible_tokens(1)
-            elif not 0 < self.mask_ratio < 1:
-                raise ValueError(f"mask_ratio must be in (0, 1), got {self.mask_ratio}")
-        except ValueError as error:
-            raise ValueError(f"{who}: {error}") from None
-        if not 0 <= self.align_weight < float("inf"):
-            raise ValueError(f"{who}: align_weight must be a finite number of at least 0, got {self.align_weight}")
-        for name in ("pixel_mean", "pixel_std"):
+            except ValueError as error:
+                raise ValueError(f"{who}: {error}") from None
+        check_range(who, "align_weight", self.align_weight, 0, math.inf)
+        for name, low in (("pixel_mean", -math.inf), ("pixel_std", 0)):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-            if len(getattr(self, name)) != self.in_channels:
-                raise ValueError(
-                    f"{who}: {name} must have a number for each of in_channels={self.in_channels}, "
-                    f"got {getattr(self, name)}"
-                )
-        if min(self.pixel_std) <= 0:
-            raise ValueError(f"{who}: pixel_std must be above 0, got {self.pixel_std}")
+            values = getattr(self, name)
+            if len(values) != self.in_channels:
+                raise ValueError(f"{who}: {name} must have in_channels={self.in_channels} numbers, got {values}")
+            for value in values:
+                check_range(who, f"each number of {name}", value, low, math.inf, above=True)
 
     @property
     def patches(self) -> int:
