@@ -136,8 +136,8 @@ def check_int(who: str, name: str, value: object, least: int) -> None:
 
 def check_range(who: str, name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
     """ValueError unless low <= value < high, or low < value < high where `above`."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not low <= value < high or (above and value == low):
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    if not low <= number < high or (above and number == low):
         raise ValueError(f"{who}: {name} must be in {'(' if above else '['}{low}, {high}), got {value!r}")
 
 

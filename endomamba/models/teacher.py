@@ -113,13 +113,14 @@ def load_teacher(
     `teacher.report` says what was loaded.
     """
     source = os.fspath(source)
+    module: Any
     if source.endswith(".pt2"):
         if weights is not None or options:
             raise ValueError(f"load_teacher: {source} is a whole model: it takes no weights and no options of a model")
         if not os.path.isfile(source):
             raise ValueError(f"load_teacher: there is no file {source}")
         try:
-            module: nn.Module = torch.export.load(source).module()
+            module = torch.export.load(source).module()
         except Exception as error:  # a damaged file can raise anything
             first = str(error).split("\n")[0][:120]
             raise ValueError(f"load_teacher: {source} is no file of torch.export ({first})") from None

@@ -78,8 +78,8 @@ class VideoMamba(nn.Module):
         hidden, residual = self._embed(video).unsqueeze(1), None  # one "frame" of 1 + t n tokens
         for block in self.layers:
             hidden, residual = run_block(self.gradient_checkpointing, block, hidden, residual)
-        features, _ = self.norm_f(hidden.flatten(0, 1), residual.flatten(0, 1), self.drop_path(hidden))
-        return features
+        features, _ = self.norm_f(hidden, residual, self.drop_path(hidden))
+        return features.squeeze(1)
 
     def _embed(self, video: Tensor) -> Tensor:
         """(b, 3, t, h, w) -> cls and patches, with positions, (b, 1 + t n, c)."""

@@ -142,12 +142,15 @@ def test_drop_path(monkeypatch):
     assert model.drop_path.rate == 0.2
     seen = []
     monkeypatch.setattr(type(model.drop_path), "forward", lambda self, rows: seen.append((self.rate, rows.shape[0])))
-    model.norm_f.register_forward_hook(lambda module, args, out: seen.append(args[1:]))
-    monkeypatch.setattr(model.drop_path, "forward", lambda rows: torch.zeros(rows.shape[0]))
+    model.norm_f.register_forward_hook(lambda module, args, out: seen.append(args))
+    monkeypatch.setattr(model.drop_path, "forward", lambda rows: torch.tensor([0.0, 2.0]))
     features = model.forward_features(make_video(model, b=2))
-    *blocks, (residual, scale) = seen
-    assert blocks == [(block.drop_path.rate, 2) for block in model.layers] and scale.tolist() == [0, 0]
-    assert_close("without the last block", features, model.norm_f(residual, None)[0], 1e-6)
+    *blocks, (hidden, residual, _) = seen
+    assert blocks == [(block.drop_path.rate, 2) for block in model.layers]
+    last = torch.tensor([0.0, 2.0]).view(2, 1, 1, 1) * hidden
+    assert_close(
+        "the last block dropped and doubled", features, model.norm_f(residual + last, None)[0].squeeze(1), 1e-5
+    )
 
 
 @torch.no_grad()
