@@ -471,8 +471,8 @@ def _model(args: argparse.Namespace, text: Any) -> tuple[nn.Module, bool]:
 
     if args.model in list_models() and not args.model.startswith("endomamba"):
         raise UsageError(
-            f"--model {args.model}: this command streams EndoMamba; drive {args.model} from Python with "
-            "endomamba.stream.FrameStream"
+            f"--model {args.model}: this command streams EndoMamba; attention_twin* and endofm stream from Python, "
+            "with endomamba.stream.FrameStream"
         )
     options: dict[str, Any] = {"num_classes": args.num_classes or 0, "head": args.head, "backend": args.backend}
     if args.weights is None:

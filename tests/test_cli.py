@@ -199,7 +199,7 @@ def test_verify_that_fails_is_4(short, tmp_path, capsys, monkeypatch):
         (["."], "is a folder"),
         (["text.mp4"], "is not a video"),
         (["{short}", "--model", "endomamba_huge"], "no model is named 'endomamba_huge'; there are"),
-        (["{short}", "--model", "endofm"], "streams EndoMamba; drive endofm from Python with"),
+        (["{short}", "--model", "endofm"], "streams EndoMamba; attention_twin* and endofm stream from Python, with"),
         (["{short}", "--weights", "missing.pth"], "missing.pth: cannot be opened"),
         (["{short}", "--weights", "text.mp4"], "neither a PyTorch nor a safetensors file"),
         (["{short}", "--weights", "{weights}", "--model", "endomamba_small"], "does not fit this model"),

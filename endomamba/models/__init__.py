@@ -8,6 +8,7 @@ state = model.init_state(batch_size=1)
 logits, state = model.step(frames, state)        # any number of frames >= 1
 
 `endomamba_*` are the subject; `attention_twin_*` and `endofm` have the same calls and are there to compare with.
+`videomamba_*` read whole clips.  `pretrain_endomamba_*` learn from unlabelled video and a `Teacher` (pretrain.py).
 """
 
 from ._registry import create_model, list_models, register_model
@@ -17,7 +18,10 @@ from .config import EndoMambaConfig
 from .endofm import EndoFM, EndoFMConfig, WindowState
 from .endomamba import EndoMamba
 from .heads import ClassificationHead, PhaseHead
+from .pretrain import Pictures, PretrainConfig, PretrainEndoMamba, PretrainLoss
 from .state import StreamState
+from .teacher import Teacher, load_teacher
+from .videomamba import VideoMamba, VideoMambaConfig
 
 __all__ = [
     "AttentionTwin",
@@ -31,10 +35,18 @@ __all__ = [
     "EndoMambaConfig",
     "LoadReport",
     "PhaseHead",
+    "Pictures",
+    "PretrainConfig",
+    "PretrainEndoMamba",
+    "PretrainLoss",
     "StreamState",
+    "Teacher",
+    "VideoMamba",
+    "VideoMambaConfig",
     "WindowState",
     "create_model",
     "list_models",
     "load_checkpoint",
+    "load_teacher",
     "register_model",
 ]

@@ -34,7 +34,8 @@ def list_models(pattern: str = "*") -> list[str]:
 def create_model(name: str, **options: Any) -> nn.Module:
     """A new, randomly initialised model; options are the fields of its config.
 
-    `EndoMambaConfig` for endomamba*, `AttentionTwinConfig` for attention_twin*, `EndoFMConfig` for endofm.
+    `EndoMambaConfig` for endomamba*, `AttentionTwinConfig` for attention_twin*, `EndoFMConfig` for endofm,
+    `VideoMambaConfig` for videomamba*, `PretrainConfig` for pretrain_endomamba*.
 
     >>> model = create_model("endomamba_tiny", num_classes=7, img_size=(256, 320))
     """

@@ -20,9 +20,13 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels, bias=bias)  # rows [q | k | v], each heads x e
         self.proj = nn.Linear(channels, channels, bias=bias)
 
+    def project(self, x: Tensor) -> Tensor:
+        """(s, l, c) -> (s, l, [q | k | v])."""
+        return self.qkv(x)
+
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(s, l, c) -> q, k, v, each (s, h, l, e), views of one product."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.project(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
     def merge(self, y: Tensor) -> Tensor:

@@ -251,7 +251,7 @@ class AttentionTwin(EndoMamba):
     def _block(self, i: int) -> nn.Module:
         config = self.config
         spatial = i < config.spatial_layers
-        drop_path = 0.0 if i == 0 else config.drop_path_rate * (i - 1) / (config.depth - 1)
+        drop_path = config.drop_path_of(i)
         sizes = (config.embed_dim, config.mlp_width(spatial), drop_path, config.backend)
         if spatial:
             return SpatialAttentionBlock(SelfAttention(config.embed_dim, config.heads, bias=False), *sizes)

@@ -1,4 +1,4 @@
-"""Weights from every container in which those of EndoMamba and Endo-FM were published, and from safetensors.
+"""Weights from every container in which those of EndoMamba, VideoMamba and Endo-FM were published, and safetensors.
 
     report = load_checkpoint(model, "checkpoint-499.pth")
     print(report)
@@ -21,17 +21,21 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from .config import MambaConfig
 from .endofm import EndoFM, resize_nearest
 from .endomamba import EndoMamba
 from .layers import resize_positions
+from .pretrain import PretrainEndoMamba
+from .videomamba import VideoMamba
 
 # The prefixes that wrappers put before each name.
 WRAPPERS = ("module.", "_orig_mod.")
 # What stands beside `encoder.` in the published pre-training and segmentation files: no part of this model.
-BESIDE_ENCODER = ("mask_token", "encoder_to_decoder.", "decoder.", "segmentation_head.")
+BESIDE_ENCODER = ("mask_token", "encoder_to_decoder.", "encoder_to_teacher.", "decoder.", "segmentation_head.")
 # What a pre-trained encoder does not bring: the published rule leaves these as they were initialised.
 NOT_PRETRAINED = ("cls_token", "pos_embed", "head.")
 
@@ -64,35 +68,40 @@ class LoadReport:
 
 
 def load_checkpoint(
-    model: EndoMamba | EndoFM,
+    model: EndoMamba | VideoMamba | EndoFM | PretrainEndoMamba,
     path: str | os.PathLike[str],
     *,
     strict: bool = True,
     map_pos_embed: bool = False,
     drop_head: bool = False,
 ) -> LoadReport:
-    """Loads `path` into an EndoMamba (or its attention twin) or an Endo-FM and says what went where.
+    """Loads `path` into a model (EndoMamba, its attention twin, VideoMamba, Endo-FM) and says what went where.
 
     Files, EndoMamba: pre-training ({'model': ...} or bare, names under `encoder.`), phase ({'model': ...}),
-    classification ({'backbone_state_dict': ...}, names under `module.`).  Endo-FM: pre-training ({'teacher': ...} or
-    bare, names under `backbone.`, SVT's too), classification ({'backbone_state_dict': ..., 'state_dict': the head}),
-    TimeSformer ({'model_state': ...}, names under `model.`), a ViT for pictures, whose attention and norm1 over a frame
-    are taken for time too.  Any: a bare state dict, safetensors.
+    classification ({'backbone_state_dict': ...}, names under `module.`); a PretrainEndoMamba takes the first of them
+    whole, decoder and all.  VideoMamba: for clips and for pictures ({'model': ...} or bare).  Endo-FM: pre-training
+    ({'teacher': ...} or bare, names under `backbone.`, SVT's too), classification ({'backbone_state_dict': ...,
+    'state_dict': the head}), TimeSformer ({'model_state': ...}, names under `model.`), a ViT for pictures, whose
+    attention and norm1 over a frame are taken for time too.  Any: a bare state dict, safetensors.
 
     strict: every name and shape must match, except that an `encoder.` file may lack cls_token, pos_embed and head, and
-        hold decoders, a `backbone.` file may lack a head and hold that of pre-training, and a ViT has no time_embed and
-        temporal_fc.  False: what does not match is left out and reported.
+        hold decoders, a `backbone.` file may lack a head and hold that of pre-training, a ViT has no time_embed and
+        temporal_fc, and a VideoMamba for pictures no positions in time.  False: what does not match is left out and
+        reported.
     map_pos_embed: EndoMamba's pre-trained positions have no row for cls, and the published rule discards them.  True
         puts them in rows 1.. and zeros in row 0.
     drop_head: leave the model's head as it is, whatever the file has.
 
-    Positions of another image size are interpolated (Endo-FM: nearest, and in time), as each was published.
+    Positions of another image size or number of frames are interpolated (bicubic, linear in time; Endo-FM: nearest),
+    as each was published.
     CheckpointError: the file is not loadable, or would load nothing.
     """
     path = os.fspath(path)
-    layout = ENDOFM if isinstance(model, EndoFM) else ENDOMAMBA
-    if map_pos_embed and layout is ENDOFM:
-        raise ValueError("load_checkpoint: map_pos_embed is for EndoMamba; positions of Endo-FM have a row for cls")
+    layout = next((layout for kind, layout in LAYOUTS.items() if isinstance(model, kind)), ENDOMAMBA)
+    if map_pos_embed and layout is not ENDOMAMBA:
+        raise ValueError(
+            f"load_checkpoint: map_pos_embed is for EndoMamba; positions of {layout.name} have the rows of the model"
+        )
     source, container = _unwrap(path, _read(path), layout)
     weights, remapped, skipped, optional = layout.rename(path, source)
     target = model.state_dict()
@@ -105,7 +114,10 @@ def load_checkpoint(
     if isinstance(model, EndoFM):
         _fit_tables(model, weights, remapped)
     elif "pos_embed" in weights:
-        _fit_positions(model, weights, remapped, skipped, map_pos_embed)
+        with_cls = getattr(model.config, "with_cls_token", True)
+        _fit_positions(model.config, with_cls, weights, remapped, skipped, map_pos_embed)
+    if isinstance(model, VideoMamba):
+        _fit_time(model.config.num_frames, weights, remapped)
 
     missing = tuple(name for name in target if name not in weights)
     unexpected = tuple(name for name in weights if name not in target)
@@ -286,10 +298,28 @@ def _rename_endofm(path: str, source: Mapping[str, Tensor]) -> Renamed:
     return result, remapped, skipped, optional
 
 
+def _rename_videomamba(path: str, source: Mapping[str, Tensor]) -> Renamed:
+    """A file for pictures has a Conv2d where the model has a Conv3d over one frame, and no positions in time."""
+    weights, prefix = _strip_wrappers(source)
+    remapped = {prefix + name: name for name in weights} if prefix else {}
+    patches = weights.get("patch_embed.proj.weight")
+    if patches is None or patches.ndim != 4:
+        return weights, remapped, {}, ()
+    name = "patch_embed.proj.weight"
+    remapped[prefix + name] = f"{name} as a kernel over one frame"
+    return {**weights, name: patches.unsqueeze(2)}, remapped, {}, ("temporal_pos_embedding",)
+
+
+def _rename_pretrain(path: str, source: Mapping[str, Tensor]) -> Renamed:
+    weights, prefix = _strip_wrappers(source)
+    return weights, {prefix + name: name for name in weights} if prefix else {}, {}, ()
+
+
 @dataclass(frozen=True)
 class _Layout:
     """How the files of a kind of model are made."""
 
+    name: str
     containers: tuple[tuple[str, ...], ...]  # keys under which a training script put the weights; the first found
     rename: Callable[[str, Mapping[str, Tensor]], Renamed]
     layers: str
@@ -297,17 +327,36 @@ class _Layout:
 
 
 ENDOMAMBA = _Layout(
+    name="EndoMamba",
     containers=(("model",), ("backbone_state_dict",), ("state_dict",)),
     rename=_rename_endomamba,
     layers="layers.",
     norm="norm_f",
 )
+VIDEOMAMBA = _Layout(
+    name="VideoMamba",
+    containers=(("model",), ("module",), ("state_dict",)),
+    rename=_rename_videomamba,
+    layers="layers.",
+    norm="norm_f",
+)
+PRETRAIN = _Layout(
+    name="PretrainEndoMamba",
+    containers=(("model",), ("state_dict",)),
+    rename=_rename_pretrain,
+    layers="encoder.layers.",
+    norm="encoder.norm_f",
+)
 ENDOFM = _Layout(
+    name="Endo-FM",
     containers=(("teacher",), ("model_state",), ("backbone_state_dict", "state_dict"), *ENDOMAMBA.containers),
     rename=_rename_endofm,
     layers="blocks.",
     norm="norm",
 )
+
+
+LAYOUTS: dict[type[nn.Module], _Layout] = {EndoFM: ENDOFM, VideoMamba: VIDEOMAMBA, PretrainEndoMamba: PRETRAIN}
 
 
 def _fit_tables(model: EndoFM, weights: dict[str, Tensor], remapped: dict[str, str]) -> None:
@@ -329,18 +378,19 @@ def _fit_tables(model: EndoFM, weights: dict[str, Tensor], remapped: dict[str, s
 
 
 def _fit_positions(
-    model: EndoMamba,
+    config: MambaConfig,
+    with_cls: bool,
     weights: dict[str, Tensor],
     remapped: dict[str, str],
     skipped: dict[str, str],
     map_pos_embed: bool,
 ) -> None:
-    """Brings weights["pos_embed"] to the model's grid, or takes it out and says why.
+    """Brings weights["pos_embed"] to the model's grid, or takes it out and says why.  with_cls: the model has a cls.
 
     The file's grid is the model's where the number of patches is, else a square.  A file without cls_token has
     positions of patches only.
     """
-    config, pos = model.config, weights["pos_embed"]
+    pos = weights["pos_embed"]
     if pos.ndim != 3 or pos.shape[0] != 1 or pos.shape[2] != config.embed_dim:
         return  # an ordinary mismatch
     name = next((old for old, new in remapped.items() if new == "pos_embed"), "pos_embed")
@@ -351,9 +401,9 @@ def _fit_positions(
     why = ""
     if patches < 1 or patches != math.prod(grid):
         why = f"{patches} patches are no square grid"
-    elif has_cls and not config.with_cls_token:
+    elif has_cls and not with_cls:
         why = "has a row for cls, which this model does not have"
-    elif config.with_cls_token and not has_cls and not map_pos_embed:
+    elif with_cls and not has_cls and not map_pos_embed:
         why = f"{patches} rows have none for cls; the published rule discards them (map_pos_embed=True keeps them)"
     if why:
         skipped[name] = why
@@ -363,12 +413,23 @@ def _fit_positions(
     if grid != config.grid:
         done.append(f"interpolated from {grid[0]}x{grid[1]} to {config.grid[0]}x{config.grid[1]} patches")
     pos = resize_positions(pos, grid, config.grid)
-    if config.with_cls_token and not has_cls:
+    if with_cls and not has_cls:
         done.append("put in rows 1.. with zeros in row 0")
         pos = torch.cat((torch.zeros_like(pos[:, :1]), pos), dim=1)
     weights["pos_embed"] = pos
     if done:
         remapped[name] = "pos_embed " + ", ".join(done)
+
+
+def _fit_time(frames: int, weights: dict[str, Tensor], remapped: dict[str, str]) -> None:
+    """Brings VideoMamba's positions in time to another number of frames, linearly, as it is fine-tuned.  In place."""
+    name = "temporal_pos_embedding"
+    time = weights.get(name)
+    if time is None or time.ndim != 3 or time.shape[0] != 1 or time.shape[1] in (0, frames):
+        return
+    weights[name] = F.interpolate(time.float().mT, size=frames, mode="linear", align_corners=False).mT.to(time.dtype)
+    origin = next((old for old, new in remapped.items() if new == name), name)
+    remapped[origin] = f"{name} interpolated from {time.shape[1]} to {frames} frames"
 
 
 # ---- checks, all before the model is touched

@@ -1,4 +1,4 @@
-"""What defines an EndoMamba: a frozen record that refuses what cannot be built."""
+"""What defines a network: a frozen record that refuses what cannot be built."""
 
 from __future__ import annotations
 
@@ -14,23 +14,20 @@ BACKENDS = ("auto", *NAMES)
 
 
 @dataclass(frozen=True)
-class EndoMambaConfig:
-    """The defaults are the published small model without a head."""
+class MambaConfig:
+    """What every network of Mamba blocks over patches has; the defaults are the published small size."""
 
     img_size: int | tuple[int, int] = 224  # (height, width) once built; an int is a square
     patch_size: int = 16
     in_channels: int = 3
     embed_dim: int = 384
     depth: int = 24
-    num_spatial_layers: int | None = None  # None: the first half; the rest are temporal
-    with_cls_token: bool = True
     d_state: int = 16
     d_conv: int = 4
     expand: int = 2
     dt_rank: int | None = None  # None: embed_dim / 16, rounded up
 
-    num_classes: int = 0  # 0: no head, model(video) gives the pooled features (b, t, embed_dim)
-    head: str = "mean"  # how a frame is pooled: "mean" of its tokens, "cls", or "classification" (cls, clips too)
+    num_classes: int = 0  # 0: no head
 
     drop_rate: float = 0.0
     drop_path_rate: float = 0.1
@@ -39,7 +36,6 @@ class EndoMambaConfig:
     dt_max: float = 1e-1
 
     dynamic_img_size: bool = False  # interpolate the positions for any frame size, instead of refusing it
-    hold_position: bool = False  # the published phase test: temporal positions start at 0 in every step
     use_checkpoint: bool = False  # recompute each block in backward; model.gradient_checkpointing switches it later
     backend: str = "auto"
 
@@ -51,24 +47,10 @@ class EndoMambaConfig:
         check_int(who, "num_classes", self.num_classes, 0)
         if self.dt_rank is not None:
             check_int(who, "dt_rank", self.dt_rank, 1)
-        if self.embed_dim % 2:
-            raise ValueError(
-                f"{who}: embed_dim must be even (temporal positions are sin, cos pairs), got {self.embed_dim}"
-            )
-        if self.num_spatial_layers is not None:
-            check_int(who, "num_spatial_layers", self.num_spatial_layers, 0)
-            if self.num_spatial_layers > self.depth:
-                raise ValueError(
-                    f"{who}: num_spatial_layers must not exceed depth={self.depth}, got {self.num_spatial_layers}"
-                )
         for name in ("drop_rate", "drop_path_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{who}: {name} must be in [0, 1), got {getattr(self, name)}")
-        for name, names in (("head", HEADS), ("dt_init", DT_INITS), ("backend", BACKENDS)):
-            if getattr(self, name) not in names:
-                raise ValueError(f"{who}: {name} must be one of {names}, got {getattr(self, name)!r}")
-        if not self.with_cls_token and self.head != "mean":
-            raise ValueError(f"{who}: head={self.head!r} reads the cls token, which with_cls_token=False removes")
+            check_range(who, name, getattr(self, name), 0, 1)
+        for name, names in (("dt_init", DT_INITS), ("backend", BACKENDS)):
+            check_one_of(who, name, getattr(self, name), names)
         if not 0 < self.dt_min <= self.dt_max:
             raise ValueError(f"{who}: needs 0 < dt_min <= dt_max, got {self.dt_min} and {self.dt_max}")
 
@@ -90,6 +72,37 @@ class EndoMambaConfig:
     @property
     def rank(self) -> int:
         return math.ceil(self.embed_dim / 16) if self.dt_rank is None else self.dt_rank
+
+    def drop_path_of(self, i: int) -> float:
+        """Block i drops the output of block i - 1, hence nothing in block 0; the published rates."""
+        return 0.0 if i == 0 else self.drop_path_rate * (i - 1) / (self.depth - 1)
+
+
+@dataclass(frozen=True)
+class EndoMambaConfig(MambaConfig):
+    """The defaults are the published small model without a head: model(video) gives pooled features (b, t, c)."""
+
+    num_spatial_layers: int | None = None  # None: the first half; the rest are temporal
+    with_cls_token: bool = True
+    head: str = "mean"  # how a frame is pooled: "mean" of its tokens, "cls", or "classification" (cls, clips too)
+    hold_position: bool = False  # the published phase test: temporal positions start at 0 in every step
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        who = type(self).__name__
+        if self.embed_dim % 2:
+            raise ValueError(
+                f"{who}: embed_dim must be even (temporal positions are sin, cos pairs), got {self.embed_dim}"
+            )
+        if self.num_spatial_layers is not None:
+            check_int(who, "num_spatial_layers", self.num_spatial_layers, 0)
+            if self.num_spatial_layers > self.depth:
+                raise ValueError(
+                    f"{who}: num_spatial_layers must not exceed depth={self.depth}, got {self.num_spatial_layers}"
+                )
+        check_one_of(who, "head", self.head, HEADS)
+        if not self.with_cls_token and self.head != "mean":
+            raise ValueError(f"{who}: head={self.head!r} reads the cls token, which with_cls_token=False removes")
 
     @property
     def spatial_layers(self) -> int:
@@ -119,6 +132,18 @@ class EndoMambaConfig:
 def check_int(who: str, name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{who}: {name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_range(who: str, name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
+    """ValueError unless low <= value < high, or low < value < high where `above`."""
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    if not low <= number < high or (above and number == low):
+        raise ValueError(f"{who}: {name} must be in {'(' if above else '['}{low}, {high}), got {value!r}")
+
+
+def check_one_of(who: str, name: str, value: object, names: tuple[str, ...]) -> None:
+    if value not in names:
+        raise ValueError(f"{who}: {name} must be one of {names}, got {value!r}")
 
 
 def check_frame(who: str, config: Any) -> None:

@@ -191,6 +191,10 @@ class EndoFM(nn.Module):
         cls, patches = self._read(self._embed(video))
         return self.norm(torch.cat((cls, patches.flatten(1, 2)), 1))
 
+    def patch_tokens(self, video: Tensor) -> Tensor:
+        """(b, 3, t, h, w) -> the normalised tokens of the patches, frame by frame (b, t, n, c), as of a teacher."""
+        return self.forward_features(video)[:, 1:].unflatten(1, (-1, video.shape[2])).transpose(1, 2)
+
     # ---- a stream, as a sliding window
 
     def init_state(self, batch_size: int = 1, device: torch.device | str | None = None) -> WindowState:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ._registry import register_model
 from .config import EndoMambaConfig
@@ -21,7 +20,10 @@ from .layers import (
     SpatialBlock,
     TemporalBlock,
     check_video,
+    init_weights,
     resize_positions,
+    run_block,
+    take_tokens,
     temporal_positions,
 )
 from .mixer import BidirectionalMixer, CausalMixer
@@ -48,34 +50,15 @@ class EndoMamba(nn.Module):
         self.layers = nn.ModuleList(self._block(i) for i in range(config.depth))
         self.norm_f = RMSNorm(c, backend)
         self.head = build_head(config)
-        self._init_weights()
+        init_weights(self, config)
 
     def _block(self, i: int) -> nn.Module:
-        """Block i; its DropPath acts on the output of block i - 1, hence none in block 0."""
         config = self.config
-        drop_path = 0.0 if i == 0 else config.drop_path_rate * (i - 1) / (config.depth - 1)
+        drop_path = config.drop_path_of(i)
         sizes = (config.embed_dim, config.inner_dim, config.d_state, config.rank, config.d_conv, config.backend)
         if i < config.spatial_layers:
             return SpatialBlock(BidirectionalMixer(*sizes), config.embed_dim, drop_path, config.backend)
         return TemporalBlock(CausalMixer(*sizes), config.embed_dim, drop_path, config.backend)
-
-    def _init_weights(self) -> None:
-        """The published order; it leaves every dt at softplus(0) = 0.69, where a state fades within a frame."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for module in self.modules():
-            if isinstance(module, (BidirectionalMixer, CausalMixer)):
-                nn.init.kaiming_uniform_(module.out_proj.weight, a=5**0.5)
-                with torch.no_grad():
-                    module.out_proj.weight /= self.config.depth**0.5
-        if self.config.dt_init == "mamba":
-            for module in self.modules():
-                if isinstance(module, (BidirectionalMixer, CausalMixer)):
-                    module.init_dt(self.config.dt_min, self.config.dt_max)
 
     # ---- a clip at once
 
@@ -105,14 +88,24 @@ class EndoMamba(nn.Module):
         A tap is a branch before it joins the residual, not normalised.
         """
         self._check_video(video)
-        hidden, residual = self._embed(video, torch.arange(video.shape[2], device=video.device)), None
-        taps = {}
-        for i, block in enumerate(self.layers):
-            hidden, residual = self._run(block, hidden, residual)
-            if i in self.config.taps:
-                taps[i] = hidden
-        features, _ = self.norm_f(hidden, residual)
-        return features, [taps[i] for i in self.config.taps]
+        return self._read(self._embed(video, torch.arange(video.shape[2], device=video.device)))
+
+    def patch_tokens(self, video: Tensor) -> Tensor:
+        """(b, 3, t, h, w) -> `forward_features` without cls, (b, t, n, c): what a teacher gives."""
+        return self.forward_features(video)[:, :, int(self.config.with_cls_token) :]
+
+    def forward_visible(self, video: Tensor, visible: Tensor) -> Tensor:
+        """`forward_features` of a clip of which only some patches are read, as in masked pre-training.
+
+        visible: (b, v) int64, places in a clip's (t n) patches, in order; v is a multiple of t.  -> (b, t, v / t, c).
+        Row i of the result is the i-th t-th of the visible: frame i where every frame shows as many.
+        """
+        if self.config.with_cls_token:
+            raise ValueError("EndoMamba.forward_visible: needs with_cls_token=False, pre-training has no cls token")
+        self._check_video(video)
+        tokens = self._embed(video, torch.arange(video.shape[2], device=video.device))
+        shown = take_tokens(tokens.flatten(1, 2), visible).unflatten(1, (video.shape[2], -1))
+        return self._read(shown)[0]
 
     # ---- a stream in pieces
 
@@ -203,10 +196,18 @@ class EndoMamba(nn.Module):
             tokens = torch.cat((cls.expand(*tokens.shape[:2], 1, -1).to(tokens.dtype), tokens), dim=2)
         return self.pos_drop(tokens.to(self.pos_embed.dtype))
 
+    def _read(self, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Embedded tokens (b, t, n, c) -> features and taps of that shape."""
+        residual, taps = None, {}
+        for i, block in enumerate(self.layers):
+            hidden, residual = self._run(block, hidden, residual)
+            if i in self.config.taps:
+                taps[i] = hidden
+        features, _ = self.norm_f(hidden, residual)
+        return features, [taps[i] for i in self.config.taps]
+
     def _run(self, function: Any, *tensors: Tensor | None) -> Any:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, *tensors, use_reentrant=False)
-        return function(*tensors)
+        return run_block(self.gradient_checkpointing, function, *tensors)
 
     def _frame_numbers(self, frames: Tensor, state: StreamState) -> Tensor:
         """(b, t), or (t,) where the published test's habit of never advancing is wanted."""

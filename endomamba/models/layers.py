@@ -6,12 +6,15 @@ embedding to the head; ((b t), n, c) for a spatial block and (b, (t n), c) for a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..ops import add_rms_norm
-from .config import EndoMambaConfig
+from .config import MambaConfig
 from .mixer import BidirectionalMixer, CausalMixer
 from .precision import KeepsFp32
 
@@ -40,7 +43,7 @@ class PatchEmbed(nn.Module):
         return F.linear(patches.flatten(4).flatten(2, 3), weight.flatten(1), bias)
 
 
-def check_video(who: str, video: Tensor, config: EndoMambaConfig, device: torch.device) -> None:
+def check_video(who: str, video: Tensor, config: MambaConfig, device: torch.device) -> None:
     """ValueError, in one sentence that begins with `who`, for a video that this config does not take."""
     height, width = config.size
     size = "h, w" if config.dynamic_img_size else f"{height}, {width}"
@@ -168,3 +171,34 @@ class TemporalBlock(nn.Module):
         """`step` in place: the two states are overwritten.  No gradient."""
         normed, residual = self.add_norm(hidden, residual)
         return self.mixer.step_(normed, conv_state, ssm_state).view_as(hidden), residual
+
+
+def run_block(checkpointing: bool, function: Any, *tensors: Tensor | None) -> Any:
+    """function(*tensors), computed again in backward where `checkpointing`."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(function, *tensors, use_reentrant=False)
+    return function(*tensors)
+
+
+def take_tokens(tokens: Tensor, places: Tensor) -> Tensor:
+    """tokens: (b or 1, l, c), places: (b, k) int64 -> (b, k, c).  The shape is known without reading a mask."""
+    tokens = tokens.expand(places.shape[0], -1, -1)
+    return tokens.gather(1, places.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def init_weights(model: nn.Module, config: MambaConfig) -> None:
+    """The published order; it leaves every dt at softplus(0) = 0.69, where a state fades within a frame."""
+    mixers = [module for module in model.modules() if isinstance(module, (BidirectionalMixer, CausalMixer))]
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    nn.init.trunc_normal_(model.get_parameter("pos_embed"), std=0.02)
+    for mixer in mixers:
+        nn.init.kaiming_uniform_(mixer.out_proj.weight, a=5**0.5)
+        with torch.no_grad():
+            mixer.out_proj.weight /= config.depth**0.5
+    if config.dt_init == "mamba":
+        for mixer in mixers:
+            mixer.init_dt(config.dt_min, config.dt_max)
