@@ -1,0 +1,584 @@
+"""One loop for any training: `train(config, model, step, dataset, plan, out)`.
+
+`step(batch)` returns a NamedTuple with `loss` and whatever other scalars are to be logged, by name; where streams are
+carried from step to step also `carry`, the state for the next one.  The loop does the rest: processes, precision,
+accumulation, clipping, schedule, logging, checkpoints.
+
+Nothing in it asks the device for a value except when logging, evaluating or saving.  A loss or a gradient that is not
+finite is found on the device: the step is noted there, the update is left out (by the loss scaler's own means, in every
+precision), and so is every one after it, and carried states stay as they were.  The host learns of it at the next log
+line at the latest, and by then weights, optimizer and states are still those before the bad step.  As clips, masks and
+random numbers are functions of (seed, step), the host can run that step again with every layer watched and say which
+was the first to go wrong; late or at once, the report is the same.  With fp16 a gradient that overflows is the scaler's
+business, as always; a loss that is not finite is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import random
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from ..models.state import CarriedState
+from ..ops._nvtx import nvtx_range
+from . import checkpoint
+from .data import ClipConfig, ClipDataset, Plan, Shares, check_number, collate, load, share, to_device
+from .errors import NonFiniteLoss, TrainError
+from .manifest import DataError, digest
+from .optim import build_optimizer, param_groups, rate_at, set_rate
+
+log = logging.getLogger("endomamba")
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SMALLEST_SCALE = 2.0**-14  # of the fp16 loss scaler: below it every gradient overflows, whatever the scale
+NEVER = 2**62
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What every training is configured by; a task adds its own fields.  Steps are updates."""
+
+    model: str = "endomamba_small"
+    model_options: dict[str, Any] = field(default_factory=dict)
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    seed: int = 0
+
+    epochs: float = 50
+    warmup: float = 0  # epochs
+    batch_size: int = 32  # clips or streams an update, over all processes
+    accumulate: int = 1  # parts in which each process computes its share
+    optimizer: str = "adamw"
+    lr: float = 1e-4
+    min_lr: float = 0.0
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)  # "sgd": the first is its momentum
+    no_decay: tuple[str, ...] = ("pos_embed", "cls_token", "mask_token", "A_log", "A_b_log")
+    layer_decay: float = 1.0
+    layer_decay_only: tuple[str, ...] = ()
+    clip_norm: float = 0.0  # 0: gradients are not clipped
+
+    precision: str = "bf16"
+    deterministic: bool = False  # the same bits on a GPU too, at a price; a CPU gives them anyway
+    workers: int = 4
+    log_every: int = 10
+    save_every: int = 500
+    eval_every: int = 0  # 0: at the end
+    keep: int = 3  # checkpoints
+    max_bad_share: float = 0.05  # clips that may be undecodable, of an epoch
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "log_every", "save_every", "keep"):
+            check_number(self, name, int, 1)
+        for name in ("workers", "eval_every", "seed"):
+            check_number(self, name, int, 0)
+        for name in ("epochs", "warmup", "lr", "min_lr", "weight_decay", "clip_norm"):
+            check_number(self, name, float, 0)
+        for name in ("layer_decay", "max_bad_share"):
+            check_number(self, name, float, 0, 1)
+        for name, names in (("precision", tuple(PRECISIONS)), ("optimizer", ("adamw", "sgd"))):
+            if getattr(self, name) not in names:
+                raise ValueError(f"{type(self).__name__}: {name} must be one of {names}, got {getattr(self, name)!r}")
+        for name in ("betas", "no_decay", "layer_decay_only"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.epochs <= 0 or self.warmup > self.epochs:
+            raise ValueError(f"{type(self).__name__}: needs 0 < epochs and warmup <= epochs, "
+                             f"got {self.epochs} and {self.warmup}")  # fmt: skip
+
+
+# What may differ between a run and its continuation.
+FREE = ("workers", "log_every", "save_every", "eval_every", "keep", "max_bad_share")
+
+
+def with_changes(config: Any, changes: dict[str, Any]) -> Any:
+    """config with fields replaced, "clip.frames" style names too; ValueError for a field it does not have."""
+    for name, value in changes.items():
+        head, _, rest = name.partition(".")
+        if head not in {f.name for f in fields(config)}:
+            names = ", ".join(f.name for f in fields(config))
+            raise ValueError(f"{type(config).__name__} has no field {head!r}; it has {names}")
+        inner = getattr(config, head)
+        if rest:
+            value = {**inner, rest: value} if isinstance(inner, dict) else with_changes(inner, {rest: value})
+        config = replace(config, **{head: value})
+    return config
+
+
+# ---- processes
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run as torchrun set them up: this is `rank` of `size`, on `device`."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every process, in order."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        if self.size > 1:
+            dist.all_reduce(tensor, op)
+        return tensor
+
+
+@contextlib.contextmanager
+def start_world(device: str = "auto") -> Iterator[World]:
+    """One process, or those of torchrun: gloo between CPUs, nccl between GPUs."""
+    size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if cuda and local >= torch.cuda.device_count():
+        raise TrainError(f"process {local} of this machine needs a GPU of its own, it has {torch.cuda.device_count()}")
+    place = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(place)
+    if size > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    yield World(place, int(os.environ.get("RANK", 0)), size)
+    if size > 1:  # not after an error: the others hang in a collective then, and torchrun ends them
+        dist.destroy_process_group()
+
+
+# ---- the loop
+
+
+class _Stepper(nn.Module):
+    """Makes `step` the forward of a module with the model's parameters: what DDP wraps."""
+
+    def __init__(self, model: nn.Module, step: Callable[[dict[str, Any]], Any]):
+        super().__init__()
+        self.model, self._step = model, step
+
+    def forward(self, batch: dict[str, Any]) -> Any:
+        return self._step(batch)
+
+
+def train(
+    config: TrainConfig,
+    model: nn.Module,
+    step: Callable[[dict[str, Any]], Any],
+    dataset: ClipDataset,
+    plan: Plan,
+    out: str | os.PathLike,
+    world: World,
+    *,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    best: str = "",
+    init_carry: Callable[[int], CarriedState] | None = None,
+) -> None:
+    """Trains `model` in place; the same call goes on where `out` was left, to the bit on a CPU.
+
+    step: batch -> NamedTuple with a scalar `loss`, a mean over its clips; what else is scalar in it is logged.
+    batch: video (b, 3, t, h, w) uint8, label (b, t), fresh (b,), key (b,), samples; carry where there are streams.
+    evaluate: called on every process; `best`: the metric whose best weights are kept as best.safetensors.
+    init_carry: number of streams -> the state before their first frame.
+
+    TrainError, NonFiniteLoss, DataError, SaveError and ValueError, each one sentence.
+    """
+    run = _Run(config, model, step, dataset, plan, Path(out), world, evaluate, best, init_carry)
+    try:
+        run()
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error) or isinstance(error, TrainError):
+            raise
+        last = checkpoint.latest_path(Path(out))
+        kept = f"the last checkpoint is {last.name}" if last else "there is no checkpoint yet"
+        raise TrainError(
+            f"a data worker died (out of memory, or killed: {str(error).splitlines()[0].rstrip('. ')}); {kept}, "
+            "start the same command again to go on, with fewer workers if memory was short"
+        ) from None
+
+
+class _Run:
+    def __init__(self, config, model, step, dataset, plan, out, world, evaluate, best, init_carry):  # type: ignore[no-untyped-def]
+        self.config, self.model, self.step, self.dataset, self.plan = config, model, step, dataset, plan
+        self.out, self.world, self.evaluate, self.best = out, world, evaluate, best
+        parts = world.size * config.accumulate
+        if config.batch_size % parts:
+            raise ValueError(
+                f"batch_size {config.batch_size} must be a multiple of processes x accumulate, {world.size} x "
+                f"{config.accumulate}"
+            )
+        self.steps = max(1, round(config.epochs * plan.per_epoch))
+        self.warmup = round(config.warmup * plan.per_epoch)
+        self.digest = digest(dataset.entries)
+        torch.use_deterministic_algorithms(config.deterministic)
+        stepper = _Stepper(model, step)
+        self.stepper = stepper if world.size == 1 else self._parallel(stepper)
+        groups = param_groups(model, config.weight_decay, config.no_decay, config.layer_decay, config.layer_decay_only)
+        self.optimizer = build_optimizer(config.optimizer, groups, config.betas)
+        half = config.precision == "fp16"
+        # Without fp16 its scale is 1 and stays: it is there for its way of leaving an update out without a sync.
+        self.scaler = torch.amp.GradScaler(
+            world.device.type, init_scale=2.0**16 if half else 1.0, growth_interval=2000 if half else 2**31 - 1
+        )
+        self.carries = [init_carry(config.batch_size // parts) if init_carry else None] * config.accumulate
+        self.bad = torch.full((), -1, dtype=torch.int64, device=world.device)  # the first step that was not finite
+        self.sums: dict[str, Tensor] = {}
+        self.faults = self.drawn = 0
+        self.best_value: float | None = None
+
+    def _parallel(self, stepper: nn.Module) -> nn.Module:
+        ids = [self.world.device.index] if self.world.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(stepper, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def __call__(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        first = self._resume()
+        config = self.config
+        with _Log(self.out, first, self.steps, self.world, config) as say:
+            batches = self._batches(first)
+            self.model.train()
+            for step in range(first, self.steps):
+                self._update(step, batches)
+                done = step + 1
+                end = done == self.steps
+                logs, saves = end or done % config.log_every == 0, end or done % config.save_every == 0
+                judges = self.evaluate is not None and (end or (config.eval_every and done % config.eval_every == 0))
+                if logs or saves or judges:
+                    self._stop_if_not_finite()
+                if logs:
+                    say.progress(done, self._averages())
+                if judges:
+                    self._judge(done, say)
+                if saves:
+                    self._save(done)
+        if self.world.rank == 0:
+            checkpoint.save_weights(self.out / "final.safetensors", self.model.state_dict(), {"step": str(self.steps)})
+
+    # ---- an update
+
+    def _update(self, step: int, batches: Iterator[dict[str, Any]]) -> None:
+        config = self.config
+        self._seed(step)
+        set_rate(self.optimizer, rate_at(step, self.steps, self.warmup, config.lr, config.min_lr))
+        carries = []
+        for part in range(config.accumulate):
+            with nvtx_range("load"):
+                batch = {**self._next(batches), "carry": self.carries[part]}
+            wait = part + 1 < config.accumulate and self.world.size > 1
+            with self.stepper.no_sync() if wait else contextlib.nullcontext():
+                with nvtx_range("forward"), self._autocast():
+                    output = self.stepper(batch)
+                with nvtx_range("backward"):
+                    self._backward(step, output.loss)
+            self._collect(output)
+            carries.append(getattr(output, "carry", None))
+        with nvtx_range("clip"):
+            self.scaler.unscale_(self.optimizer)
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm or float("inf"))
+            if config.precision != "fp16":
+                self._note(step, norm)
+            self._add("grad_norm", norm)
+        with nvtx_range("step"):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.carries = [self._commit(*pair) for pair in zip(self.carries, carries)]
+
+    def _seed(self, step: int) -> None:
+        """Random numbers of a step are its own: nothing of them has to be saved, and any step can be run again."""
+        state = np.random.SeedSequence((self.config.seed, step, self.world.rank)).generate_state(3)
+        random.seed(int(state[0]))
+        np.random.seed(int(state[1]))
+        torch.manual_seed(int(state[2]))
+
+    def _autocast(self) -> Any:
+        dtype = PRECISIONS[self.config.precision]
+        return torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32)
+
+    def _next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        batch = next(batches)
+        if "fatal" in batch:
+            raise DataError(batch["fatal"])
+        self.drawn += len(batch["samples"])
+        self.faults += len(batch["faults"])
+        for fault in batch["faults"]:
+            log.warning("a clip could not be decoded and was replaced: %s", fault)
+        of = max(self.drawn, len(self.dataset) // self.world.size)
+        if self.faults > self.config.max_bad_share * of:
+            raise DataError(
+                f"{self.faults} clips of {self.drawn} could not be decoded, more than max_bad_share="
+                f"{self.config.max_bad_share:g} allows, the last: {batch['faults'][-1]}; see `endomamba data check`"
+            )
+        return to_device(batch, self.world.device)
+
+    def _backward(self, step: int, loss: Tensor) -> None:
+        self._note(step, loss.detach())
+        poison = torch.where(self.bad < 0, 1.0, float("nan"))
+        self.scaler.scale(loss * (poison / self.config.accumulate)).backward()
+
+    def _note(self, step: int, value: Tensor) -> None:
+        self.bad = torch.where((self.bad < 0) & ~torch.isfinite(value), step, self.bad)
+
+    def _commit(self, before: CarriedState | None, after: CarriedState | None) -> CarriedState | None:
+        if before is None or after is None:
+            return after
+        keep = {n: torch.where(self.bad < 0, getattr(after, n), getattr(before, n)) for n in after.TENSORS}
+        return replace(after, **keep)  # type: ignore[type-var]  # every state is a dataclass
+
+    def _collect(self, output: Any) -> None:
+        for name, value in output._asdict().items():
+            if isinstance(value, Tensor) and value.ndim == 0:
+                self._add(name, value.detach() / self.config.accumulate)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self.sums[name] = self.sums.get(name, 0) + value.float()
+
+    def _batches(self, first: int) -> Iterator[dict[str, Any]]:
+        world, config = self.world, self.config
+        shares = Shares(self.plan, first, self.steps, world.rank, world.size, config.accumulate)
+        return iter(load(self.dataset, shares, config.workers, pin=world.device.type == "cuda"))
+
+    # ---- what the host asks for
+
+    def _averages(self) -> dict[str, float]:
+        """Sums since the last time over all processes; the only sync of a step that is logged."""
+        names = list(self.sums)
+        values = torch.stack([self.sums[name] for name in names])
+        faults = self.world.reduce(torch.tensor(float(self.faults), device=self.world.device))
+        values = (self.world.reduce(values) / self.world.size).tolist()
+        self.sums.clear()
+        facts = {"lr": max(group["lr"] for group in self.optimizer.param_groups), "undecodable": faults.item()}
+        if self.config.precision == "fp16":
+            facts["scale"] = self.scaler.get_scale()
+        return dict(zip(names, values)) | facts
+
+    def _judge(self, done: int, say: _Log) -> None:
+        self.model.eval()
+        values = self.evaluate()
+        self.model.train()
+        say.metrics(done, values)
+        value = values.get(self.best)
+        if value is not None and (self.best_value is None or value > self.best_value):
+            self.best_value = value
+            if self.world.rank == 0:
+                weights = self.model.state_dict()
+                checkpoint.save_weights(
+                    self.out / "best.safetensors", weights, {"step": str(done), self.best: f"{value}"}
+                )
+
+    def _stop_if_not_finite(self) -> None:
+        bad = self.world.reduce(torch.where(self.bad < 0, NEVER, self.bad), dist.ReduceOp.MIN).item()
+        if bad == NEVER:
+            if self.config.precision == "fp16" and self.scaler.get_scale() < SMALLEST_SCALE:
+                raise NonFiniteLoss("gradients overflow in fp16 at every scale of the loss: use precision='bf16'")
+            return
+        if not checkpoint.exists(self.out, bad):
+            self._save(bad)
+        found = [text for text in self.world.gather(self._explain(bad)) if text]
+        raise NonFiniteLoss(
+            f"step {bad}: the loss or its gradient is not finite; {'; '.join(found) or 'it was, when run again'}; "
+            f"the update was not made, step-{bad:08d} holds all before it"
+        )
+
+    def _explain(self, step: int) -> str:
+        """Runs this process's share of a step again, watching every layer -> what was found, "" where nothing was."""
+        world, config = self.world, self.config
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                return f"parameter {name} is not finite itself"
+        self._seed(step)
+        for part in range(config.accumulate):
+            samples = share(self.plan(step), world.rank, world.size, part, config.accumulate)
+            clips = ", ".join(self.dataset.describe(sample) for sample in samples)
+            batch = to_device(collate([self.dataset[s] for s in samples]), world.device)
+            with _Watch(self.model) as watch:
+                with self._autocast():
+                    loss = self.step({**batch, "carry": self.carries[part]}).loss
+                if watch.first or not torch.isfinite(loss):
+                    return f"first non-finite layer: {watch.first or 'the loss itself'}; clips: {clips}"
+                loss.backward()
+            wrong = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            if watch.first_gradient or wrong:
+                at = f"behind {watch.first_gradient}" if watch.first_gradient else f"of {wrong[-1]}"
+                return f"first non-finite gradient: {at}; clips: {clips}"
+        return ""
+
+    # ---- checkpoints
+
+    def _save(self, step: int) -> None:
+        carries = self.world.gather([_tensors(carry) for carry in self.carries])
+        faults = self.world.gather([self.faults, self.drawn])
+        if self.world.rank == 0:
+            content = {
+                "step": step,  # with the seed all there is to say about random numbers, order of clips and schedule
+                "config": json.loads(json.dumps(asdict(self.config))),
+                "data": self.digest,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict() if self.config.precision == "fp16" else {},
+                "carries": carries,
+                "faults": faults,
+                "best": self.best_value,
+            }
+            checkpoint.save(self.out, step, content, self.model.state_dict(), self.config.keep)
+        if self.world.size > 1:
+            dist.barrier()
+
+    def _resume(self) -> int:
+        found = checkpoint.load_latest(self.out)
+        if found is None:
+            return 0
+        path, content = found
+        self._check_same(path, content)
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        if content["scaler"]:
+            self.scaler.load_state_dict(content["scaler"])
+        self.best_value = content["best"]
+        if len(content["faults"]) == self.world.size:
+            self.faults, self.drawn = content["faults"][self.world.rank]
+        if self.carries[0] is not None:
+            saved = content["carries"][self.world.rank]
+            self.carries = [replace(carry, **{n: t.to(self.world.device) for n, t in tensors.items()})
+                            for carry, tensors in zip(self.carries, saved)]  # fmt: skip
+        log.info("going on from %s", path)
+        return content["step"]
+
+    def _check_same(self, path: Path, content: dict[str, Any]) -> None:
+        ours = json.loads(json.dumps(asdict(self.config)))
+        for name in [*ours, *content["config"]]:
+            old, new = content["config"].get(name), ours.get(name)
+            if old != new and name not in FREE:
+                raise ValueError(f"{path}: was trained with {name}={old!r}, this run has {new!r}: choose another --out")
+        if content["data"] != self.digest:
+            raise ValueError(f"{path}: was trained on another list of clips: choose another --out")
+        if self.carries[0] is not None and len(content["carries"]) != self.world.size:
+            raise ValueError(
+                f"{path}: carries the streams of {len(content['carries'])} processes, this run has {self.world.size}"
+            )
+
+
+def _tensors(carry: CarriedState | None) -> dict[str, Tensor]:
+    return {} if carry is None else {name: getattr(carry, name).cpu() for name in carry.TENSORS}
+
+
+class _Watch:
+    """While it lasts: the first module whose output, and the first whose output's gradient, is not finite."""
+
+    def __init__(self, model: nn.Module):
+        self.first = self.first_gradient = ""
+        self._model = model
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _Watch:
+        for name, module in self._model.named_modules():
+            self._handles.append(module.register_forward_hook(self._hook(name or type(module).__name__)))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def gradient(grad: Tensor) -> None:
+            if not self.first_gradient and not grad.isfinite().all():
+                self.first_gradient = name
+
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            for tensor in _pytree.tree_leaves(output):
+                if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                    continue
+                if not self.first and not tensor.isfinite().all():
+                    self.first = name
+                if tensor.requires_grad:
+                    tensor.register_hook(gradient)
+
+        return hook
+
+
+class _Log:
+    """metrics.jsonl, TensorBoard and progress, written by the first process; a resumed run continues all three."""
+
+    def __init__(self, out: Path, first: int, steps: int, world: World, config: TrainConfig):
+        self.out, self.first, self.steps, self.world, self.config = out, first, steps, world, config
+        self.active = world.rank == 0
+        self.at, self.clock = first, time.monotonic()
+
+    def __enter__(self) -> _Log:
+        if not self.active:
+            return self
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+            from tqdm import tqdm
+        except ImportError as error:
+            raise TrainError(f"training needs tensorboard and tqdm: pip install endomamba[train]  ({error})") from None
+        path = self.out / "metrics.jsonl"
+        self._keep_lines(path)
+        self.lines = path.open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.first)
+        tty = sys.stderr.isatty()
+        self.bar = tqdm(total=self.steps, initial=self.first, unit="step", disable=not tty, dynamic_ncols=True)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.active:
+            self.bar.close()
+            self.board.close()
+            self.lines.close()
+
+    def _keep_lines(self, path: Path) -> None:
+        """Those up to the checkpoint; what a killed run wrote after it comes again."""
+        if path.exists():
+            whole = [line for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+            kept = [line for line in whole if json.loads(line)["step"] <= self.first]
+            checkpoint.write_atomically(path, lambda file: file.write("".join(f"{x}\n" for x in kept).encode()))
+
+    def progress(self, done: int, values: dict[str, float]) -> None:
+        if not self.active:
+            return
+        now = time.monotonic()
+        rate = (done - self.at) * self.config.batch_size / max(1e-9, now - self.clock)
+        left = (self.steps - done) * (now - self.clock) / (done - self.at)
+        self.at, self.clock = done, now
+        memory = self._memory()
+        self._write(done, "train", values | {"clips_per_second": rate, "memory_gib": memory})
+        text = f"loss {values['loss']:.4g}, {rate:.4g} clips/s, {memory:.2f} GiB, {_clock(left)} left"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(done - self.bar.n)
+        if self.bar.disable:
+            print(f"step {done} of {self.steps}: {text}", file=sys.stderr, flush=True)
+
+    def metrics(self, done: int, values: dict[str, float]) -> None:
+        if self.active:
+            self._write(done, "eval", values)
+            text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            self.bar.write(f"step {done}, evaluated: {text}", file=sys.stderr)
+            self.at, self.clock = done, time.monotonic()
+
+    def _write(self, done: int, kind: str, values: dict[str, float]) -> None:
+        self.lines.write(json.dumps({"step": done, "kind": kind, **values}) + "\n")
+        self.lines.flush()
+        for name, value in values.items():
+            self.board.add_scalar(f"{kind}/{name}", value, done)
+
+    def _memory(self) -> float:
+        if self.world.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
