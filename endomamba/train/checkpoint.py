@@ -82,7 +82,7 @@ def save(folder: Path, step: int, content: dict[str, Any], weights: dict[str, Te
 
 def save_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    write_atomically(path, lambda file: file.write(safetensors_bytes(tensors, {"format": "pt", **metadata})))
+    write_atomically(path, lambda file: file.write(safetensors_bytes(tensors, metadata)))
 
 
 def load_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -106,16 +106,23 @@ FREE = ("workers", "log_every", "save_every", "eval_every", "keep", "max_bad_sha
 
 def with_changes(config: Any, changes: dict[str, Any]) -> Any:
     """config with fields replaced, "clip.frames" style names too; ValueError for a field it does not have."""
+    known = [f.name for f in fields(config)]
+    new: dict[str, Any] = {}
+    inner: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
         head, _, rest = name.partition(".")
-        if head not in {f.name for f in fields(config)}:
-            names = ", ".join(f.name for f in fields(config))
-            raise ValueError(f"{type(config).__name__} has no field {head!r}; it has {names}")
-        inner = getattr(config, head)
+        if head not in known:
+            raise ValueError(f"{type(config).__name__} has no field {head!r}; it has {', '.join(known)}")
         if rest:
-            value = {**inner, rest: value} if isinstance(inner, dict) else with_changes(inner, {rest: value})
-        config = replace(config, **{head: value})
-    return config
+            inner.setdefault(head, {})[rest] = value
+        else:
+            new[head] = value
+    for head, values in inner.items():
+        old = new.get(head, getattr(config, head))
+        if not isinstance(old, dict | ClipConfig):
+            raise ValueError(f"{type(config).__name__}: {head} has no fields of its own, got {head}.{next(iter(values))}")
+        new[head] = {**old, **values} if isinstance(old, dict) else with_changes(old, values)
+    return replace(config, **new)
 
 
 # ---- processes
@@ -418,8 +425,12 @@ class _Run:
     # ---- checkpoints
 
     def _save(self, step: int) -> None:
-        carries = self.world.gather([_tensors(carry) for carry in self.carries])
-        faults = self.world.gather([self.faults, self.drawn])
+        mine = {
+            "carries": [_tensors(carry) for carry in self.carries],
+            "sums": {name: value.cpu() for name, value in self.sums.items()},
+            "faults": [self.faults, self.drawn],
+        }
+        ranks = self.world.gather(mine)
         if self.world.rank == 0:
             content = {
                 "step": step,  # with the seed all there is to say about random numbers, order of clips and schedule
@@ -428,8 +439,7 @@ class _Run:
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict() if self.config.precision == "fp16" else {},
-                "carries": carries,
-                "faults": faults,
+                "ranks": ranks,
                 "best": self.best_value,
             }
             checkpoint.save(self.out, step, content, self.model.state_dict(), self.config.keep)
@@ -447,12 +457,12 @@ class _Run:
         if content["scaler"]:
             self.scaler.load_state_dict(content["scaler"])
         self.best_value = content["best"]
-        if len(content["faults"]) == self.world.size:
-            self.faults, self.drawn = content["faults"][self.world.rank]
-        if self.carries[0] is not None:
-            saved = content["carries"][self.world.rank]
-            self.carries = [replace(carry, **{n: t.to(self.world.device) for n, t in tensors.items()})
-                            for carry, tensors in zip(self.carries, saved)]  # fmt: skip
+        if len(content["ranks"]) == self.world.size:  # else only what is logged begins anew
+            mine = content["ranks"][self.world.rank]
+            self.faults, self.drawn = mine["faults"]
+            self.sums = {name: value.to(self.world.device) for name, value in mine["sums"].items()}
+            device = self.world.device
+            self.carries = [_filled(carry, saved, device) for carry, saved in zip(self.carries, mine["carries"])]
         log.info("going on from %s", path)
         return content["step"]
 
@@ -464,14 +474,19 @@ class _Run:
                 raise ValueError(f"{path}: was trained with {name}={old!r}, this run has {new!r}: choose another --out")
         if content["data"] != self.digest:
             raise ValueError(f"{path}: was trained on another list of clips: choose another --out")
-        if self.carries[0] is not None and len(content["carries"]) != self.world.size:
-            raise ValueError(
-                f"{path}: carries the streams of {len(content['carries'])} processes, this run has {self.world.size}"
-            )
+        before = len(content["ranks"])
+        if self.carries[0] is not None and before != self.world.size:
+            raise ValueError(f"{path}: carries the streams of {before} processes, this run has {self.world.size}")
 
 
 def _tensors(carry: CarriedState | None) -> dict[str, Tensor]:
     return {} if carry is None else {name: getattr(carry, name).cpu() for name in carry.TENSORS}
+
+
+def _filled(carry: CarriedState | None, saved: dict[str, Tensor], device: torch.device) -> CarriedState | None:
+    if carry is None:
+        return None
+    return replace(carry, **{name: tensor.to(device) for name, tensor in saved.items()})  # type: ignore[type-var]
 
 
 class _Watch:
