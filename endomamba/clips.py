@@ -32,21 +32,28 @@ def read_frames(
     about itself.  Decodes in one thread: data workers are many.
     VideoError where one of these frames is not there or damaged; damage elsewhere in the file does not matter.
     """
-    path = Path(path)
-    with FolderReader(path) if path.is_dir() else open_video(path, threads=1) as reader:
-        reader.show(size(reader.info) if callable(size) else size)
-        wanted = sorted(set(numbers))
-        if not wanted or wanted[0] < 0:
-            raise ValueError(f"read_frames: numbers must be at least one frame, from 0 on, got {list(numbers)[:5]}")
-        if isinstance(reader, FolderReader):
-            found = _from_folder(reader, wanted)
-        else:
-            times, keys = _index(reader) if type(reader) is VideoReader else (None, None)
-            found = _in_order(reader, wanted) if times is None else _by_time(reader, wanted, times, keys)
+    path, wanted = Path(path), sorted(set(numbers))
+    if not wanted or wanted[0] < 0:
+        raise ValueError(f"read_frames: numbers must be at least one frame, from 0 on, got {list(numbers)[:5]}")
+    found = None
+    for read in (_find, _in_order):
+        with FolderReader(path) if path.is_dir() else open_video(path, threads=1) as reader:
+            reader.show(size(reader.info) if callable(size) else size)
+            found = read(reader, wanted)
+        if found is not None:
+            break
     missing = [number for number in wanted if number not in found]
     if missing:
         raise VideoError(f"{path}: frame {missing[0]} could not be decoded ({len(missing)} of {len(wanted)} wanted)")
     return torch.stack([found[number] for number in numbers])
+
+
+def _find(reader: VideoReader, wanted: list[int]) -> dict[int, Tensor] | None:
+    """Without reading the file from its start; None where that cannot be done."""
+    if isinstance(reader, FolderReader):
+        return _from_folder(reader, wanted)
+    times, keys = _index(reader) if type(reader) is VideoReader else (None, None)
+    return None if times is None else _by_time(reader, wanted, times, keys)
 
 
 def count_frames(path: str | os.PathLike) -> int:
@@ -91,29 +98,18 @@ def _packets(path: str, modified: int, size: int) -> tuple[np.ndarray | None, np
     return np.sort(np.array(times, np.int64)), np.sort(np.array(keys, np.int64))
 
 
-def _by_time(reader: VideoReader, wanted: list[int], times: np.ndarray, keys: np.ndarray) -> dict[int, Tensor]:
+def _by_time(reader: VideoReader, wanted: list[int], times: np.ndarray, keys: np.ndarray) -> dict[int, Tensor] | None:
+    """None where the container cannot be made to start early enough: it seeks by the time of decoding, or roughly."""
     if wanted[-1] >= len(times):
         raise VideoError(f"{reader.path}: frame {wanted[-1]} was asked for, the file holds {len(times)}")
+    av = import_av()
     numbers = {int(times[number]): number for number in wanted}
     first, last = int(times[wanted[0]]), int(times[wanted[-1]])
-    before = bisect.bisect_right(keys, first) - 1
-    for key in [int(keys[before])] if before >= 0 else []:
-        found = _decode(reader, key, numbers, first, last)
-        if found is not None:
-            return found
-    return _decode(reader, int(times[0]), numbers, None, last) or {}
-
-
-def _decode(
-    reader: VideoReader, start: int, numbers: dict[int, int], first: int | None, last: int
-) -> dict[int, Tensor] | None:
-    """None where the seek landed behind `first`: containers seek by the time of decoding, not of showing."""
-    av = import_av()
     found: dict[int, Tensor] = {}
     try:
-        reader._container.seek(start, stream=reader._stream)
+        reader._container.seek(int(keys[max(0, bisect.bisect_right(keys, first) - 1)]), stream=reader._stream)
         for place, frame in enumerate(reader._container.decode(reader._stream)):
-            if place == 0 and first is not None and (frame.pts is None or frame.pts > first):
+            if place == 0 and (frame.pts is None or frame.pts > first):
                 return None
             if frame.pts in numbers:
                 if frame.is_corrupt:
@@ -123,7 +119,7 @@ def _decode(
                 break
     except (av.FFmpegError, OSError) as error:
         why = getattr(error, "strerror", None) or error
-        raise VideoError(f"{reader.path}: frames {min(numbers.values())} to {max(numbers.values())}: {why}") from error
+        raise VideoError(f"{reader.path}: frames {wanted[0]} to {wanted[-1]} could not be decoded ({why})") from error
     return found
 
 

@@ -128,7 +128,8 @@ class ClipDataset(Dataset):
                 if asked.tail or not self.train:
                     empty = torch.zeros(3, self.clip.frames, self.size, self.size, dtype=torch.uint8)
                     return self._item(asked, empty, torch.full((self.clip.frames,), IGNORE), faults)
-                sample = sample._replace(entry=int(torch.randint(len(self.entries), (), generator=again)), start=None)
+                other = 1 + int(torch.randint(max(1, len(self.entries) - 1), (), generator=again))
+                sample = sample._replace(entry=(sample.entry + other) % len(self.entries), start=None)
         # An exception would leave a worker with its traceback instead of its message.
         return {"fatal": f"{ATTEMPTS} clips in a row could not be decoded, the last: {faults[-1]}"}
 

@@ -120,7 +120,9 @@ def with_changes(config: Any, changes: dict[str, Any]) -> Any:
     for head, values in inner.items():
         old = new.get(head, getattr(config, head))
         if not isinstance(old, dict | ClipConfig):
-            raise ValueError(f"{type(config).__name__}: {head} has no fields of its own, got {head}.{next(iter(values))}")
+            raise ValueError(
+                f"{type(config).__name__}: {head} has no fields of its own, got {head}.{next(iter(values))}"
+            )
         new[head] = {**old, **values} if isinstance(old, dict) else with_changes(old, values)
     return replace(config, **new)
 
