@@ -99,7 +99,7 @@ def _packets(path: str, modified: int, size: int) -> tuple[np.ndarray | None, np
 
 
 def _by_time(reader: VideoReader, wanted: list[int], times: np.ndarray, keys: np.ndarray) -> dict[int, Tensor] | None:
-    """None where the container cannot be made to start early enough: it seeks by the time of decoding, or roughly."""
+    """None where the container starts too late, as it seeks by the time of decoding, or roughly, or not to the end."""
     if wanted[-1] >= len(times):
         raise VideoError(f"{reader.path}: frame {wanted[-1]} was asked for, the file holds {len(times)}")
     av = import_av()
@@ -120,7 +120,7 @@ def _by_time(reader: VideoReader, wanted: list[int], times: np.ndarray, keys: np
     except (av.FFmpegError, OSError) as error:
         why = getattr(error, "strerror", None) or error
         raise VideoError(f"{reader.path}: frames {wanted[0]} to {wanted[-1]} could not be decoded ({why})") from error
-    return found
+    return found if len(found) == len(wanted) else None
 
 
 def _in_order(reader: VideoReader, wanted: list[int]) -> dict[int, Tensor]:

@@ -105,10 +105,6 @@ def latest_path(folder: Path) -> Path | None:
     return (_all(folder) or [None])[-1]
 
 
-def exists(folder: Path, step: int) -> bool:
-    return _path(folder, step).exists()
-
-
 def _path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}.pt"
 

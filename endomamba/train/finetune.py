@@ -247,46 +247,36 @@ def _classify(config: FinetuneConfig, model: nn.Module, dataset: ClipDataset, mi
 
 def _phases(config: FinetuneConfig, model: Any, dataset: ClipDataset, mine: range, world: World) -> Pairs:
     """Predicted and true phase of each video's frames, (t,) each; the model reads a video once, as a stream."""
-    window, normalise = _window(config), Normalise(config.clip.normalise, world.device)
-    samples = [
-        Sample(i, 0, i, at, at == 0, tail=True) for i in mine for at in range(0, len(dataset.entries[i]), window)
-    ]
+    window, stride, normalise = _window(config), config.clip.stride, Normalise(config.clip.normalise, world.device)
+    starts = [(i, at) for i in mine for at in range(0, len(dataset.entries[i]), window)]
+    samples = [Sample(i, 0, i, at, at == 0, tail=True) for i, at in starts]
     videos: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for i in mine}
-    state = None
-    for batch in load(dataset, [[sample] for sample in samples], config.workers, False):
+    for (i, start), batch in zip(starts, load(dataset, [[sample] for sample in samples], config.workers, False)):
         _report(batch)
-        [sample] = batch["samples"]
-        for piece, label in _pieces(config, batch, sample):
-            if state is None or piece is None:
+        inside = min(config.clip.frames, -(-(len(dataset.entries[i]) - start) // stride))
+        for at, until in _cuts(start // stride, inside, config.reset):
+            if (start == 0 and at == 0) or (config.reset and (start // stride + at) % config.reset == 0):
                 state = model.init_state(1)
-                if piece is None:
-                    continue
+            frames = normalise(batch["video"][:, :, at:until].to(world.device))
             with _autocast(config, world):
-                logits, state = model.step(normalise(piece.to(world.device)), state)
-            videos[sample.entry].append((logits[0].argmax(1).cpu(), label))
+                logits, state = model.step(frames, state)
+            videos[i].append((logits[0].argmax(1).cpu(), batch["label"][0, at:until]))
     return [tuple(torch.cat(column) for column in zip(*parts)) for parts in videos.values()]  # type: ignore[misc]
+
+
+def _cuts(first: int, frames: int, every: int) -> list[tuple[int, int]]:
+    """The pieces of a window that begins at frame `first` of a video, cut where a multiple of `every` lies in it.
+
+    >>> _cuts(6, 8, 5)
+    [(0, 4), (4, 8)]
+    """
+    edges = [at for at in range(1, frames) if every and (first + at) % every == 0]
+    return list(zip([0, *edges], [*edges, frames]))
 
 
 def _report(batch: dict[str, Any]) -> None:
     for fault in batch["faults"]:
         log.warning("a clip could not be decoded and is left out: %s", fault)
-
-
-def _pieces(config: FinetuneConfig, batch: dict[str, Any], sample: Sample) -> list[tuple[Tensor | None, Tensor]]:
-    """A window cut where the memory starts anew, which a None stands for."""
-    video, label = batch["video"], batch["label"][0]
-    first = sample.start // config.clip.stride  # type: ignore[operator]  # windows have a start
-    pieces: list[tuple[Tensor | None, Tensor]] = [(None, label[:0])] if sample.fresh else []
-    at = 0
-    while at < len(label):
-        until = len(label)
-        if config.reset:
-            if (first + at) % config.reset == 0 and (first + at):
-                pieces.append((None, label[:0]))
-            until = min(until, at + config.reset - (first + at) % config.reset)
-        pieces.append((video[:, :, at:until], label[at:until]))
-        at = until
-    return pieces
 
 
 def _autocast(config: FinetuneConfig, world: World) -> Any:

@@ -195,7 +195,7 @@ def train(
     best: str = "",
     init_carry: Callable[[int], CarriedState] | None = None,
 ) -> None:
-    """Trains `model` in place; the same call goes on where `out` was left, to the bit on a CPU.
+    """Trains `model` in place; the same call goes on where `out` was left: to the bit on a CPU with as many threads.
 
     step: batch -> NamedTuple with a scalar `loss`, a mean over its clips; what else is scalar in it is logged.
     batch: video (b, 3, t, h, w) uint8, label (b, t), fresh (b,), key (b,), samples; carry where there are streams.
@@ -231,7 +231,9 @@ class _Run:
         self.steps = max(1, round(config.epochs * plan.per_epoch))
         self.warmup = round(config.warmup * plan.per_epoch)
         self.digest = digest(dataset.entries)
-        torch.use_deterministic_algorithms(config.deterministic)
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
+            torch.use_deterministic_algorithms(True)
         stepper = _Stepper(model, step)
         self.stepper = stepper if world.size == 1 else self._parallel(stepper)
         groups = param_groups(model, config.weight_decay, config.no_decay, config.layer_decay, config.layer_decay_only)
@@ -244,7 +246,7 @@ class _Run:
         self.carries = [init_carry(config.batch_size // parts) if init_carry else None] * config.accumulate
         self.bad = torch.full((), -1, dtype=torch.int64, device=world.device)  # the first step that was not finite
         self.sums: dict[str, Tensor] = {}
-        self.faults = self.drawn = 0
+        self.faults = self.drawn = self.saved = 0
         self.best_value: float | None = None
 
     def _parallel(self, stepper: nn.Module) -> nn.Module:
@@ -253,7 +255,7 @@ class _Run:
 
     def __call__(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        first = self._resume()
+        first = self.saved = self._resume()
         config = self.config
         with _Log(self.out, first, self.steps, self.world, config) as say:
             batches = self._batches(first)
@@ -393,7 +395,7 @@ class _Run:
             if self.config.precision == "fp16" and self.scaler.get_scale() < SMALLEST_SCALE:
                 raise NonFiniteLoss("gradients overflow in fp16 at every scale of the loss: use precision='bf16'")
             return
-        if not checkpoint.exists(self.out, bad):
+        if bad != self.saved:
             self._save(bad)
         found = [text for text in self.world.gather(self._explain(bad)) if text]
         raise NonFiniteLoss(
@@ -447,6 +449,7 @@ class _Run:
             checkpoint.save(self.out, step, content, self.model.state_dict(), self.config.keep)
         if self.world.size > 1:
             dist.barrier()
+        self.saved = step
 
     def _resume(self) -> int:
         found = checkpoint.load_latest(self.out)

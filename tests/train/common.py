@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 
@@ -28,7 +27,7 @@ ONE = loop.World(torch.device("cpu"))
 
 
 def draw(path, frames, hue, seed=0):
-    """Frame i holds its number in the blocks of its left half, which the codec keeps, and a colour in its right half."""
+    """Frame i holds its number in blocks of its left half, which the codec keeps, and a colour in its right half."""
     rng = np.random.default_rng(seed)
     pictures = []
     for i in range(frames):
@@ -104,7 +103,7 @@ def _rank(rank, ranks, port, target, args):
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
     torch.set_num_threads(1)
-    sys.stderr = open(os.devnull, "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     target(*args)
 
 

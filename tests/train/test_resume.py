@@ -140,6 +140,19 @@ def test_killed_inside_a_save(reference, tmp_path, name, call):
     assert not list(tmp_path.glob("*.part"))
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_resumed_in_half_precision(data, tmp_path, precision):
+    config, path = setup(data, CARRIED | {"precision": precision, "lr": 1e-3}, 6)
+    whole(config, path, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    for file in (tmp_path / "again").glob("step-00000006*"):
+        file.unlink()
+    whole(config, path, tmp_path / "again")
+    same(tmp_path / "whole", tmp_path / "again")
+    content = checkpoint.load_latest(tmp_path / "again")[1]
+    assert bool(content["scaler"]) == (precision == "fp16")
+
+
 def without_seeds(config, path, out):
     loop._Run._seed = lambda self, step: None
     torch.manual_seed(5)
