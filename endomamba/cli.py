@@ -834,9 +834,10 @@ def _recipe(args: argparse.Namespace) -> Any:
 
 
 def _finetune(args: argparse.Namespace) -> int:
-    from .train import finetune, loop, manifest
+    from .train import finetune, manifest
+    from .train.world import start_world
 
-    with loop.start_world(args.device) as world:
+    with start_world(args.device) as world:
         finetune.run(_recipe(args), manifest.read(args.data), args.out, world)
         if world.rank == 0:
             print(f"written  {args.out / 'final.safetensors'}")
@@ -844,10 +845,11 @@ def _finetune(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from .train import finetune, loop, manifest
+    from .train import finetune, manifest
+    from .train.world import start_world
 
     config, listed = _recipe(args), manifest.read(args.data)
-    with loop.start_world(args.device) as world:
+    with start_world(args.device) as world:
         model = finetune.build(config, listed, args.weights, head=True).to(world.device)
         values = finetune.evaluate(config, model, listed, args.split, world)
         if world.rank == 0:

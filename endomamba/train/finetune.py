@@ -23,11 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models import CheckpointError, EndoFM, EndoMamba, StreamState, create_model, load_checkpoint
+from .config import PRECISIONS, TrainConfig
 from .data import IGNORE, ClipDataset, ClipPlan, Normalise, Plan, Sample, StreamPlan, load, to_device
 from .data import check_number as _number
-from .loop import PRECISIONS, TrainConfig, World, train
+from .loop import train
 from .manifest import DataError, Entry, Manifest
 from .metrics import scores, video_scores
+from .world import World
 
 log = logging.getLogger("endomamba")
 

@@ -20,11 +20,8 @@ import json
 import logging
 import os
 import random
-import resource
-import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,138 +34,18 @@ from torch.utils import _pytree
 from ..models.state import CarriedState
 from ..ops._nvtx import nvtx_range
 from . import checkpoint
-from .data import ClipConfig, ClipDataset, Plan, Shares, check_number, collate, load, share, to_device
+from .config import FREE, PRECISIONS, TrainConfig
+from .data import ClipDataset, Plan, Shares, collate, load, share, to_device
 from .errors import NonFiniteLoss, TrainError
 from .manifest import DataError, digest
 from .optim import build_optimizer, param_groups, rate_at, set_rate
+from .progress import Progress
+from .world import World
 
 log = logging.getLogger("endomamba")
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMALLEST_SCALE = 2.0**-14  # of the fp16 loss scaler: below it every gradient overflows, whatever the scale
 NEVER = 2**62
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """What every training is configured by; a task adds its own fields.  Steps are updates."""
-
-    model: str = "endomamba_small"
-    model_options: dict[str, Any] = field(default_factory=dict)
-    clip: ClipConfig = field(default_factory=ClipConfig)
-    seed: int = 0
-
-    epochs: float = 50
-    warmup: float = 0  # epochs
-    batch_size: int = 32  # clips or streams an update, over all processes
-    accumulate: int = 1  # parts in which each process computes its share
-    optimizer: str = "adamw"
-    lr: float = 1e-4
-    min_lr: float = 0.0
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.999)  # "sgd": the first is its momentum
-    no_decay: tuple[str, ...] = ("pos_embed", "cls_token", "mask_token", "A_log", "A_b_log")
-    layer_decay: float = 1.0
-    layer_decay_only: tuple[str, ...] = ()
-    clip_norm: float = 0.0  # 0: gradients are not clipped
-
-    precision: str = "bf16"
-    deterministic: bool = False  # the same bits on a GPU too, at a price; a CPU gives them anyway
-    workers: int = 4
-    log_every: int = 10
-    save_every: int = 500
-    eval_every: int = 0  # 0: at the end
-    keep: int = 3  # checkpoints
-    max_bad_share: float = 0.05  # clips that may be undecodable, of an epoch
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "log_every", "save_every", "keep"):
-            check_number(self, name, int, 1)
-        for name in ("workers", "eval_every", "seed"):
-            check_number(self, name, int, 0)
-        for name in ("epochs", "warmup", "lr", "min_lr", "weight_decay", "clip_norm"):
-            check_number(self, name, float, 0)
-        for name in ("layer_decay", "max_bad_share"):
-            check_number(self, name, float, 0, 1)
-        for name, names in (("precision", tuple(PRECISIONS)), ("optimizer", ("adamw", "sgd"))):
-            if getattr(self, name) not in names:
-                raise ValueError(f"{type(self).__name__}: {name} must be one of {names}, got {getattr(self, name)!r}")
-        for name in ("betas", "no_decay", "layer_decay_only"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.epochs <= 0 or self.warmup > self.epochs:
-            raise ValueError(f"{type(self).__name__}: needs 0 < epochs and warmup <= epochs, "
-                             f"got {self.epochs} and {self.warmup}")  # fmt: skip
-
-
-# What may differ between a run and its continuation.
-FREE = ("workers", "log_every", "save_every", "eval_every", "keep", "max_bad_share")
-
-
-def with_changes(config: Any, changes: dict[str, Any]) -> Any:
-    """config with fields replaced, "clip.frames" style names too; ValueError for a field it does not have."""
-    known = [f.name for f in fields(config)]
-    new: dict[str, Any] = {}
-    inner: dict[str, dict[str, Any]] = {}
-    for name, value in changes.items():
-        head, _, rest = name.partition(".")
-        if head not in known:
-            raise ValueError(f"{type(config).__name__} has no field {head!r}; it has {', '.join(known)}")
-        if rest:
-            inner.setdefault(head, {})[rest] = value
-        else:
-            new[head] = value
-    for head, values in inner.items():
-        old = new.get(head, getattr(config, head))
-        if not isinstance(old, dict | ClipConfig):
-            raise ValueError(
-                f"{type(config).__name__}: {head} has no fields of its own, got {head}.{next(iter(values))}"
-            )
-        new[head] = {**old, **values} if isinstance(old, dict) else with_changes(old, values)
-    return replace(config, **new)
-
-
-# ---- processes
-
-
-@dataclass(frozen=True)
-class World:
-    """The processes of a run as torchrun set them up: this is `rank` of `size`, on `device`."""
-
-    device: torch.device
-    rank: int = 0
-    size: int = 1
-
-    def gather(self, value: Any) -> list[Any]:
-        """`value` of every process, in order."""
-        values = [value] * self.size
-        if self.size > 1:
-            dist.all_gather_object(values, value)
-        return values
-
-    def reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-        if self.size > 1:
-            dist.all_reduce(tensor, op)
-        return tensor
-
-
-@contextlib.contextmanager
-def start_world(device: str = "auto") -> Iterator[World]:
-    """One process, or those of torchrun: gloo between CPUs, nccl between GPUs."""
-    size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
-    if cuda and local >= torch.cuda.device_count():
-        raise TrainError(f"process {local} of this machine needs a GPU of its own, it has {torch.cuda.device_count()}")
-    place = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(place)
-    if size > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    yield World(place, int(os.environ.get("RANK", 0)), size)
-    if size > 1:  # not after an error: the others hang in a collective then, and torchrun ends them
-        dist.destroy_process_group()
-
-
-# ---- the loop
 
 
 class _Stepper(nn.Module):
@@ -244,7 +121,7 @@ class _Run:
             world.device.type, init_scale=2.0**16 if half else 1.0, growth_interval=2000 if half else 2**31 - 1
         )
         self.carries = [init_carry(config.batch_size // parts) if init_carry else None] * config.accumulate
-        self.bad = torch.full((), -1, dtype=torch.int64, device=world.device)  # the first step that was not finite
+        self.bad = torch.full((), NEVER, device=world.device)  # the first step that was not finite
         self.sums: dict[str, Tensor] = {}
         self.faults = self.drawn = self.saved = 0
         self.best_value: float | None = None
@@ -257,7 +134,7 @@ class _Run:
         self.out.mkdir(parents=True, exist_ok=True)
         first = self.saved = self._resume()
         config = self.config
-        with _Log(self.out, first, self.steps, self.world, config) as say:
+        with Progress(self.out, first, self.steps, self.world, config) as say:
             batches = self._batches(first)
             self.model.train()
             for step in range(first, self.steps):
@@ -269,7 +146,7 @@ class _Run:
                 if logs or saves or judges:
                     self._stop_if_not_finite()
                 if logs:
-                    say.progress(done, self._averages())
+                    say.train(done, self._averages())
                 if judges:
                     self._judge(done, say)
                 if saves:
@@ -300,6 +177,7 @@ class _Run:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm or float("inf"))
             if config.precision != "fp16":
                 self._note(step, norm)
+            self.world.reduce(self.bad, dist.ReduceOp.MIN)
             self._add("grad_norm", norm)
         with nvtx_range("step"):
             self.scaler.step(self.optimizer)
@@ -336,16 +214,16 @@ class _Run:
 
     def _backward(self, step: int, loss: Tensor) -> None:
         self._note(step, loss.detach())
-        poison = torch.where(self.bad < 0, 1.0, float("nan"))
+        poison = torch.where(self.bad == NEVER, 1.0, float("nan"))
         self.scaler.scale(loss * (poison / self.config.accumulate)).backward()
 
     def _note(self, step: int, value: Tensor) -> None:
-        self.bad = torch.where((self.bad < 0) & ~torch.isfinite(value), step, self.bad)
+        self.bad = torch.where((self.bad == NEVER) & ~torch.isfinite(value), step, self.bad)
 
     def _commit(self, before: CarriedState | None, after: CarriedState | None) -> CarriedState | None:
         if before is None or after is None:
             return after
-        keep = {n: torch.where(self.bad < 0, getattr(after, n), getattr(before, n)) for n in after.TENSORS}
+        keep = {n: torch.where(self.bad == NEVER, getattr(after, n), getattr(before, n)) for n in after.TENSORS}
         return replace(after, **keep)  # type: ignore[type-var]  # every state is a dataclass
 
     def _collect(self, output: Any) -> None:
@@ -375,11 +253,11 @@ class _Run:
             facts["scale"] = self.scaler.get_scale()
         return dict(zip(names, values)) | facts
 
-    def _judge(self, done: int, say: _Log) -> None:
+    def _judge(self, done: int, say: Progress) -> None:
         self.model.eval()
         values = self.evaluate()
         self.model.train()
-        say.metrics(done, values)
+        say.judged(done, values)
         value = values.get(self.best)
         if value is not None and (self.best_value is None or value > self.best_value):
             self.best_value = value
@@ -390,7 +268,7 @@ class _Run:
                 )
 
     def _stop_if_not_finite(self) -> None:
-        bad = self.world.reduce(torch.where(self.bad < 0, NEVER, self.bad), dist.ReduceOp.MIN).item()
+        bad = int(self.bad)
         if bad == NEVER:
             if self.config.precision == "fp16" and self.scaler.get_scale() < SMALLEST_SCALE:
                 raise NonFiniteLoss("gradients overflow in fp16 at every scale of the loss: use precision='bf16'")
@@ -526,79 +404,3 @@ class _Watch:
                     tensor.register_hook(gradient)
 
         return hook
-
-
-class _Log:
-    """metrics.jsonl, TensorBoard and progress, written by the first process; a resumed run continues all three."""
-
-    def __init__(self, out: Path, first: int, steps: int, world: World, config: TrainConfig):
-        self.out, self.first, self.steps, self.world, self.config = out, first, steps, world, config
-        self.active = world.rank == 0
-        self.at, self.clock = first, time.monotonic()
-
-    def __enter__(self) -> _Log:
-        if not self.active:
-            return self
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-            from tqdm import tqdm
-        except ImportError as error:
-            raise TrainError(f"training needs tensorboard and tqdm: pip install endomamba[train]  ({error})") from None
-        path = self.out / "metrics.jsonl"
-        self._keep_lines(path)
-        self.lines = path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.first)
-        tty = sys.stderr.isatty()
-        self.bar = tqdm(total=self.steps, initial=self.first, unit="step", disable=not tty, dynamic_ncols=True)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self.active:
-            self.bar.close()
-            self.board.close()
-            self.lines.close()
-
-    def _keep_lines(self, path: Path) -> None:
-        """Those up to the checkpoint; what a killed run wrote after it comes again."""
-        if path.exists():
-            whole = [line for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-            kept = [line for line in whole if json.loads(line)["step"] <= self.first]
-            checkpoint.write_atomically(path, lambda file: file.write("".join(f"{x}\n" for x in kept).encode()))
-
-    def progress(self, done: int, values: dict[str, float]) -> None:
-        if not self.active:
-            return
-        now = time.monotonic()
-        rate = (done - self.at) * self.config.batch_size / max(1e-9, now - self.clock)
-        left = (self.steps - done) * (now - self.clock) / (done - self.at)
-        self.at, self.clock = done, now
-        memory = self._memory()
-        self._write(done, "train", values | {"clips_per_second": rate, "memory_gib": memory})
-        text = f"loss {values['loss']:.4g}, {rate:.4g} clips/s, {memory:.2f} GiB, {_clock(left)} left"
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update(done - self.bar.n)
-        if self.bar.disable:
-            print(f"step {done} of {self.steps}: {text}", file=sys.stderr, flush=True)
-
-    def metrics(self, done: int, values: dict[str, float]) -> None:
-        if self.active:
-            self._write(done, "eval", values)
-            text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            self.bar.write(f"step {done}, evaluated: {text}", file=sys.stderr)
-            self.at, self.clock = done, time.monotonic()
-
-    def _write(self, done: int, kind: str, values: dict[str, float]) -> None:
-        self.lines.write(json.dumps({"step": done, "kind": kind, **values}) + "\n")
-        self.lines.flush()
-        for name, value in values.items():
-            self.board.add_scalar(f"{kind}/{name}", value, done)
-
-    def _memory(self) -> float:
-        if self.world.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _clock(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

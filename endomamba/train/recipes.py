@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .config import with_changes
 from .data import ClipConfig
 from .finetune import FinetuneConfig
-from .loop import with_changes
 
 LONG_MEMORY = {"dt_init": "mamba", "dt_min": 1e-4, "dt_max": 1e-1}
 RECIPES: dict[str, Callable[[], FinetuneConfig]] = {}

@@ -18,12 +18,14 @@ pytest.importorskip("tensorboard")
 pytest.importorskip("torchmetrics")
 
 from endomamba.train import finetune, loop, manifest
+from endomamba.train.config import with_changes
 from endomamba.train.data import ClipConfig
+from endomamba.train.world import World, start_world
 from endomamba.video import write_video
 
 SIZE = 32
 TINY = {"embed_dim": 16, "depth": 2, "img_size": SIZE, "d_state": 4, "dt_init": "mamba", "dt_min": 1e-4, "dt_max": 1e-1}
-ONE = loop.World(torch.device("cpu"))
+ONE = World(torch.device("cpu"))
 
 
 def draw(path, frames, hue, seed=0):
@@ -64,12 +66,12 @@ def tiny(**changes):
         model="endomamba", model_options=TINY, memory="carried", clip=ClipConfig(frames=4), chunk=2, batch_size=2,
         precision="fp32", lr=1e-2, clip_norm=1.0, workers=0, log_every=3, save_every=2, keep=2,
     )  # fmt: skip
-    return loop.with_changes(base, changes)
+    return with_changes(base, changes)
 
 
 def steps(config, entries, count):
     """The config with as many epochs as make `count` steps."""
-    return loop.with_changes(config, {"epochs": count / finetune._plan(config, entries).per_epoch})
+    return with_changes(config, {"epochs": count / finetune._plan(config, entries).per_epoch})
 
 
 def fit(config, path, out, world=ONE):
@@ -103,6 +105,7 @@ def _rank(rank, ranks, port, target, args):
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of data workers; here it would be the server's
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     target(*args)
 
@@ -131,5 +134,5 @@ def train_and_die(config, path, out, kills):
         took.append(time.monotonic() - began)
 
     loop._Run._update = watched
-    with loop.start_world("cpu") as world:
+    with start_world("cpu") as world:
         fit(config, path, out, world)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from endomamba.train import loop
+from endomamba.train.world import start_world
 
 from .common import fit, tiny
 
@@ -43,7 +44,7 @@ def parameters(optimizer):
 if __name__ == "__main__":
     data, out = map(Path, sys.argv[1:])
     torch.set_num_threads(1)
-    with loop.start_world("cpu") as world:
+    with start_world("cpu") as world:
         result = {case: gradients(case, data, out, world) for case in CASES}
         if world.rank == 0:
             torch.save(result, out / "two.pt")

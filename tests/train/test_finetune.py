@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import endomamba
 from endomamba import cli
 from endomamba.models import CheckpointError, create_model
 from endomamba.train import finetune, manifest, recipes
@@ -20,7 +18,7 @@ from endomamba.train.data import IGNORE, ClipDataset, Normalise, Sample, collate
 from endomamba.train.manifest import DataError, Entry
 from endomamba.train.metrics import scores, video_scores
 
-from .common import ONE, SIZE, TINY, fit, make_data, steps, tiny
+from .common import ONE, SIZE, TINY, finish, fit, make_data, start, steps, tiny
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +257,8 @@ def test_bad_input_is_one_sentence(data, tmp_path, capsys):
     for setting, why in {
         f"weights={tmp_path / 'gone.pth'}": "gone.pth: does not exist",
         f"weights={tmp_path / 'text.pth'}": "neither a PyTorch nor a safetensors file",
-        "model=resnet": "no model is named 'resnet'",         "model_options.size=3": "unexpected keyword argument 'size'", "speed=3": "has no field 'speed'",
+        "model=resnet": "no model is named 'resnet'",
+        "model_options.size=3": "unexpected keyword argument 'size'", "speed=3": "has no field 'speed'",
         "lr=fast": "lr must be a number", "task=classification": "for task='phase'", "speed": "must be FIELD=VALUE",
     }.items():  # fmt: skip
         assert why in says(capsys, *ours, "--set", setting), setting
@@ -282,17 +281,19 @@ def test_wrong_checkpoint(data, tmp_path):
         fit(tiny(weights=str(tmp_path / "wide.safetensors")), data / "phases.jsonl", tmp_path / "out")
 
 
-def test_the_command_under_torchrun(data, tmp_path):
-    """And the message of one process that fails, once."""
-    env = {**os.environ, "PYTHONPATH": str(Path(endomamba.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "endomamba"]
+def command_line(out, *args):
+    os.dup2(os.open(f"{out}-{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT), 2)
+    raise SystemExit(cli.main([str(arg) for arg in args]))
+
+
+def test_the_command_with_two_processes(data, tmp_path):
+    """What one of them found wrong is said once."""
     settings = command("batch_size=2", "clip.frames=4", "chunk=2", "epochs=1", "save_every=2", "lr=1e30", "warmup=0")
-    done = subprocess.run(
-        [*run, "finetune", "synthetic-phases", *settings, "--data", data / "phases.jsonl", "--out", tmp_path / "out"],
-        env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    ours = [line for line in done.stderr.splitlines() if line.startswith("endomamba: step ")]
-    assert done.returncode != 0 and len(ours) == 1 and "clips: " in ours[0], done.stderr[-3000:]
+    args = ["finetune", "synthetic-phases", *settings, "--data", data / "phases.jsonl", "--out", tmp_path / "out"]
+    assert 2 in finish(start(command_line, tmp_path / "err", *args, ranks=2))
+    lines = [line for rank in (0, 1) for line in (tmp_path / f"err-{rank}").read_text().splitlines()]
+    ours = [line for line in lines if line.startswith("endomamba: ")]
+    assert len(ours) == 1 and re.search(r"step \d: .*first non-finite layer: \S+; clips: \d.mp4", ours[0]), lines
 
 
 def test_recipes_are_valid():

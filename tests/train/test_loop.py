@@ -21,6 +21,7 @@ import endomamba
 from endomamba.models import create_model, load_checkpoint
 from endomamba.train import checkpoint, finetune, loop, manifest
 from endomamba.train.checkpoint import SaveError
+from endomamba.train.config import with_changes
 from endomamba.train.data import ClipDataset, ClipPlan
 from endomamba.train.errors import NonFiniteLoss, TrainError
 from endomamba.train.manifest import DataError
@@ -70,7 +71,7 @@ def toy(data, out, number=6, spoil=None, **changes):
     listed = manifest.read(data / "phases.jsonl")
     dataset = ClipDataset(listed, listed.entries, config.clip, SIZE, 0)
     plan = ClipPlan(len(dataset), config.batch_size, 0)
-    config = loop.with_changes(config, {"epochs": number / plan.per_epoch})
+    config = with_changes(config, {"epochs": number / plan.per_epoch})
 
     def step(batch):
         key = tuple(batch["samples"])
@@ -158,7 +159,7 @@ def test_carried_states_stay_as_they_were_before_a_bad_step(data, tmp_path, monk
     with pytest.raises(NonFiniteLoss, match=r"^step 3: "):
         fit(config, data / "phases.jsonl", tmp_path / "bad")
     monkeypatch.undo()
-    fit(loop.with_changes(config, {"save_every": 3, "keep": 9}), data / "phases.jsonl", tmp_path / "good")
+    fit(with_changes(config, {"save_every": 3, "keep": 9}), data / "phases.jsonl", tmp_path / "good")
     states = [torch.load(tmp_path / name / "step-00000003.pt")["ranks"][0]["carries"][0] for name in ("bad", "good")]
     assert all(torch.equal(states[0][name], states[1][name]) for name in ("conv", "ssm", "frame"))
     assert states[0]["ssm"].abs().max() > 0
@@ -315,7 +316,7 @@ def test_undecodable_clips_are_logged_counted_and_stop_the_run_when_too_many(tmp
     make_data(tmp_path, frames=(9,) * 8)
     (tmp_path / "3.mp4").write_bytes((tmp_path / "3.mp4").read_bytes()[:700])
     config = count(tmp_path, {"memory": "clip", "chunk": 0, "max_bad_share": 0.3}, 8)
-    config = loop.with_changes(config, {"eval_every": 1000, "epochs": 2})
+    config = with_changes(config, {"eval_every": 1000, "epochs": 2})
     listed = manifest.read(tmp_path / "phases.jsonl")
     manifest.write(tmp_path / "phases.jsonl", listed.classes, [e for e in listed.entries if e.split == "train"])
     with caplog.at_level(logging.WARNING):
@@ -324,15 +325,15 @@ def test_undecodable_clips_are_logged_counted_and_stop_the_run_when_too_many(tmp
     last = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["undecodable"] == 2
     with pytest.raises(DataError, match=r"more than max_bad_share=0.1 allows, the last: .*3\.mp4"):
-        fit(loop.with_changes(config, {"max_bad_share": 0.1}), tmp_path / "phases.jsonl", tmp_path / "strict")
+        fit(with_changes(config, {"max_bad_share": 0.1}), tmp_path / "phases.jsonl", tmp_path / "strict")
 
 
 def test_another_run_in_the_folder_is_refused(data, tmp_path):
     config = count(data, {}, 2)
     fit(config, data / "phases.jsonl", tmp_path)
-    fit(loop.with_changes(config, {"workers": 1, "log_every": 7}), data / "phases.jsonl", tmp_path)
+    fit(with_changes(config, {"workers": 1, "log_every": 7}), data / "phases.jsonl", tmp_path)
     with pytest.raises(ValueError, match=r"was trained with lr=0.01, this run has 0.1: choose another --out"):
-        fit(loop.with_changes(config, {"lr": 0.1}), data / "phases.jsonl", tmp_path)
+        fit(with_changes(config, {"lr": 0.1}), data / "phases.jsonl", tmp_path)
     listed = manifest.read(data / "phases.jsonl")
     manifest.write(data / "fewer.jsonl", listed.classes, listed.entries[1:])
     with pytest.raises(ValueError, match="was trained on another list of clips"):
