@@ -35,13 +35,14 @@ def read_frames(
     path, wanted = Path(path), sorted(set(numbers))
     if not wanted or wanted[0] < 0:
         raise ValueError(f"read_frames: numbers must be at least one frame, from 0 on, got {list(numbers)[:5]}")
-    found = None
+    found: dict[int, Tensor] | None = None
     for read in (_find, _in_order):
         with FolderReader(path) if path.is_dir() else open_video(path, threads=1) as reader:
             reader.show(size(reader.info) if callable(size) else size)
             found = read(reader, wanted)
         if found is not None:
             break
+    assert found is not None  # reading in order finds what there is, or raises
     missing = [number for number in wanted if number not in found]
     if missing:
         raise VideoError(f"{path}: frame {missing[0]} could not be decoded ({len(missing)} of {len(wanted)} wanted)")
@@ -53,7 +54,7 @@ def _find(reader: VideoReader, wanted: list[int]) -> dict[int, Tensor] | None:
     if isinstance(reader, FolderReader):
         return _from_folder(reader, wanted)
     times, keys = _index(reader) if type(reader) is VideoReader else (None, None)
-    return None if times is None else _by_time(reader, wanted, times, keys)
+    return None if times is None or keys is None else _by_time(reader, wanted, times, keys)
 
 
 def count_frames(path: str | os.PathLike) -> int:

@@ -102,7 +102,7 @@ def load_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def latest_path(folder: Path) -> Path | None:
-    return (_all(folder) or [None])[-1]
+    return max(_all(folder), default=None)
 
 
 def _path(folder: Path, step: int) -> Path:

@@ -164,7 +164,9 @@ def build(config: FinetuneConfig, manifest: Manifest, weights: str | os.PathLike
     """The model with a head for the manifest's classes; weights: to load, "" for none; head: with theirs."""
     options = {"head": "classification"} if config.task == "classification" and config.model != "endofm" else {}
     try:
-        model = create_model(config.model, **{**options, **config.model_options, "num_classes": len(manifest.classes)})
+        model: Any = create_model(
+            config.model, **{**options, **config.model_options, "num_classes": len(manifest.classes)}
+        )
     except TypeError as error:
         raise ValueError(f"model_options: {str(error).partition(' ')[2]}") from None
     if config.memory == "carried" and not isinstance(model.init_state(1), StreamState):

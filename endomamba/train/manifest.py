@@ -219,17 +219,17 @@ def from_folders(folder: str | os.PathLike, split: str = "train") -> tuple[tuple
 
 def from_lists(folder: str | os.PathLike) -> tuple[tuple[str, ...], list[Entry]]:
     """folder/videos/* and folder/splits/{train,val,test}.{csv,txt}, lines `file,label` (PolypDiag), labels 0, 1, ..."""
-    root = _folder(folder)
-    entries = []
+    root, entries, largest = _folder(folder), [], 0
     for split in SPLITS:
         for path in sorted((root / "splits").glob(f"{split}.*")):
             for number, row in enumerate(csv.reader(path.read_text(encoding="utf-8").splitlines()), 1):
                 if len(row) != 2 or not row[1].strip().isdecimal():
                     raise DataError(f"{path}, line {number}: must be `file,label`, got {','.join(row)!r}")
+                largest = max(largest, int(row[1]))
                 entries.append(_whole(root, root / "videos" / row[0].strip(), int(row[1]), split))
     if not entries:
         raise DataError(f"{root}: holds no splits/train.csv (or val, test) with lines `file,label`")
-    return tuple(f"class {label}" for label in range(max(int(entry.label) for entry in entries) + 1)), entries
+    return tuple(f"class {label}" for label in range(largest + 1)), entries
 
 
 CONVERTERS = {"synth": from_synthetic, "folders": from_folders, "lists": from_lists}

@@ -134,6 +134,17 @@ def test_the_first_layer_that_is_not_finite_is_named(data, tmp_path):
         toy(data, tmp_path, spoil=spoil)
 
 
+def test_the_bad_step_is_run_again_with_its_own_random_numbers(data, tmp_path):
+    drawn = {}
+
+    def spoil(at, model):
+        value = torch.rand(()).item()
+        return float("nan") if at == 3 and value == drawn.setdefault(at, value) else 1.0
+
+    with pytest.raises(NonFiniteLoss, match=r"^step 3: .*first non-finite layer: the loss itself"):
+        toy(data, tmp_path, spoil=spoil, log_every=6)
+
+
 def test_a_gradient_that_is_not_finite_stops_too(data, tmp_path):
     class Root(torch.autograd.Function):
         @staticmethod
