@@ -78,7 +78,7 @@ def _index(reader: VideoReader) -> tuple[np.ndarray | None, np.ndarray | None]:
 def _packets(path: str, modified: int, size: int) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Timestamps of all frames and of the keyframes, sorted; (None, None) where packets have none (AVI, raw streams).
 
-    An hour at 25 frames/s takes a few tenths of a second, once a process.
+    Reads the whole file but decodes nothing; once a process.
     """
     av = import_av()
     with VideoReader(path, threads=1) as reader:
@@ -109,12 +109,10 @@ def _by_time(reader: VideoReader, wanted: list[int], times: np.ndarray, keys: np
     found: dict[int, Tensor] = {}
     try:
         reader._container.seek(int(keys[max(0, bisect.bisect_right(keys, first) - 1)]), stream=reader._stream)
-        for place, frame in enumerate(reader._container.decode(reader._stream)):
-            if place == 0 and (frame.pts is None or frame.pts > first):
-                return None
+        for frame in reader._container.decode(reader._stream):
+            if frame.is_corrupt:  # and so are those that are predicted from it
+                raise VideoError(f"{reader.path}: damaged before or in frames {wanted[0]} to {wanted[-1]}")
             if frame.pts in numbers:
-                if frame.is_corrupt:
-                    raise VideoError(f"{reader.path}: frame {numbers[frame.pts]} is damaged")
                 found[numbers[frame.pts]] = reader._scaler(frame)[0]
             if frame.pts is not None and frame.pts >= last:
                 break

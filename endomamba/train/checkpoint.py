@@ -20,6 +20,8 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from .errors import chain
+
 log = logging.getLogger("endomamba")
 
 NAME = re.compile(r"step-(\d{8})\.pt")
@@ -43,21 +45,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         finally:
             part.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
-        why = _disk_error(error)
-        if why is None:
-            raise
+        hidden = next((e for e in chain(error) if isinstance(e, OSError | KeyboardInterrupt)), error)
+        if not isinstance(hidden, OSError):
+            raise hidden from None
         last = latest_path(path.parent)
         kept = f"the last complete checkpoint is {last.name}" if last else "there is no checkpoint before it"
-        raise SaveError(f"{path}: cannot be written ({why}); {kept}, make room and start the command again") from None
-
-
-def _disk_error(error: BaseException | None) -> str | None:
-    """The operating system's words; torch.save hides them behind an error of its own."""
-    while error is not None:
-        if isinstance(error, OSError):
-            return error.strerror or str(error)
-        error = error.__cause__ or error.__context__
-    return None
+        raise SaveError(
+            f"{path}: cannot be written ({hidden.strerror}); {kept}, make room and start the command again"
+        ) from None
 
 
 def _sync(folder: Path) -> None:

@@ -36,7 +36,7 @@ from ..ops._nvtx import nvtx_range
 from . import checkpoint
 from .config import FREE, PRECISIONS, TrainConfig
 from .data import ClipDataset, Plan, Shares, collate, load, share, to_device
-from .errors import NonFiniteLoss, TrainError
+from .errors import NonFiniteLoss, TrainError, chain
 from .manifest import DataError, digest
 from .optim import build_optimizer, param_groups, rate_at, set_rate
 from .progress import Progress
@@ -85,12 +85,13 @@ def train(
     try:
         run()
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error) or isinstance(error, TrainError):
+        died = next((str(e) for e in chain(error) if "DataLoader worker" in str(e)), None)
+        if died is None or isinstance(error, TrainError):
             raise
         last = checkpoint.latest_path(Path(out))
         kept = f"the last checkpoint is {last.name}" if last else "there is no checkpoint yet"
         raise TrainError(
-            f"a data worker died (out of memory, or killed: {str(error).splitlines()[0].rstrip('. ')}); {kept}, "
+            f"a data worker died (out of memory, or killed: {died.splitlines()[0].rstrip('. ')}); {kept}, "
             "start the same command again to go on, with fewer workers if memory was short"
         ) from None
 

@@ -323,6 +323,20 @@ def test_a_worker_that_dies(data, tmp_path, monkeypatch):
     assert checkpoint.load_latest(tmp_path)[1]["step"] >= 1
 
 
+def test_a_worker_that_dies_while_a_checkpoint_is_written(data, tmp_path, monkeypatch):
+    """torch.save then says that its file is not finished."""
+
+    class Dying:
+        def __reduce__(self):
+            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. ")
+
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda path, step, content, *rest: save(path, step, [Dying()], *rest))
+    with pytest.raises(TrainError, match=r"a data worker died .*there is no checkpoint yet"):
+        fit(count(data, {}, 2), data / "phases.jsonl", tmp_path)
+    assert not list(tmp_path.glob("*.part"))
+
+
 def test_undecodable_clips_are_logged_counted_and_stop_the_run_when_too_many(tmp_path, caplog):
     make_data(tmp_path, frames=(9,) * 8)
     (tmp_path / "3.mp4").write_bytes((tmp_path / "3.mp4").read_bytes()[:700])
