@@ -124,6 +124,7 @@ class _Run:
         self.carries = [init_carry(config.batch_size // parts) if init_carry else None] * config.accumulate
         self.bad = torch.full((), NEVER, device=world.device)  # the first step that was not finite
         self.sums: dict[str, Tensor] = {}
+        self.summed = 0  # steps in them
         self.faults = self.drawn = self.saved = 0
         self.best_value: float | None = None
 
@@ -185,6 +186,7 @@ class _Run:
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
         self.carries = [self._commit(*pair) for pair in zip(self.carries, carries)]
+        self.summed += 1
 
     def _seed(self, step: int) -> None:
         """Random numbers of a step are its own: nothing of them has to be saved, and any step can be run again."""
@@ -243,12 +245,12 @@ class _Run:
     # ---- what the host asks for
 
     def _averages(self) -> dict[str, float]:
-        """Sums since the last time over all processes; the only sync of a step that is logged."""
+        """Means over the steps since the last time and over all processes; here the host waits for the device."""
         names = list(self.sums)
         values = torch.stack([self.sums[name] for name in names])
         faults = self.world.reduce(torch.tensor(float(self.faults), device=self.world.device))
-        values = (self.world.reduce(values) / self.world.size).tolist()
-        self.sums.clear()
+        values = (self.world.reduce(values) / (self.world.size * self.summed)).tolist()
+        self.sums, self.summed = {}, 0
         facts = {"lr": max(group["lr"] for group in self.optimizer.param_groups), "undecodable": faults.item()}
         if self.config.precision == "fp16":
             facts["scale"] = self.scaler.get_scale()
@@ -311,7 +313,7 @@ class _Run:
         mine = {
             "carries": [_tensors(carry) for carry in self.carries],
             "sums": {name: value.cpu() for name, value in self.sums.items()},
-            "faults": [self.faults, self.drawn],
+            "counts": [self.summed, self.faults, self.drawn],
         }
         ranks = self.world.gather(mine)
         if self.world.rank == 0:
@@ -343,7 +345,7 @@ class _Run:
         self.best_value = content["best"]
         if len(content["ranks"]) == self.world.size:  # else only what is logged begins anew
             mine = content["ranks"][self.world.rank]
-            self.faults, self.drawn = mine["faults"]
+            self.summed, self.faults, self.drawn = mine["counts"]
             self.sums = {name: value.to(self.world.device) for name, value in mine["sums"].items()}
             device = self.world.device
             self.carries = [_filled(carry, saved, device) for carry, saved in zip(self.carries, mine["carries"])]

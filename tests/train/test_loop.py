@@ -95,6 +95,17 @@ def test_a_step_is_one_function(data, tmp_path):
     ]  # fmt: skip
 
 
+def test_what_is_logged_is_the_mean_over_the_steps_since(data, tmp_path):
+    logged = {}
+    for every in (1, 3):
+        toy(data, tmp_path / str(every), log_every=every, accumulate=2)
+        lines = (tmp_path / str(every) / "metrics.jsonl").read_text().splitlines()
+        logged[every] = [json.loads(line) for line in lines]
+    for name in ("loss", "brightness", "grad_norm"):
+        each = [row[name] for row in logged[1]]
+        assert [row[name] for row in logged[3]] == pytest.approx([sum(each[:3]) / 3, sum(each[3:]) / 3])
+
+
 # ---- not finite
 
 

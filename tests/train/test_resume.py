@@ -140,6 +140,22 @@ def test_killed_inside_a_save(reference, tmp_path, name, call):
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_another_number_of_processes(data, tmp_path):
+    """Clips do not know how many there are; streams do, and say so."""
+    config, path = setup(data, CLIPS | {"workers": 0, "lr": 1e-3}, 4)
+    assert finish(start(train_and_die, config, path, tmp_path / "clips", {}, ranks=2)) == [0, 0]
+    [last] = (tmp_path / "clips").glob("step-00000004.pt")
+    two = torch.load(last)["model"]
+    last.unlink()
+    fit(config, path, tmp_path / "clips")
+    for name, value in torch.load(last)["model"].items():
+        torch.testing.assert_close(value, two[name], rtol=1e-4, atol=1e-4)
+    config, path = setup(data, CARRIED, 4)
+    assert finish(start(train_and_die, config, path, tmp_path / "carried", {}, ranks=2)) == [0, 0]
+    with pytest.raises(ValueError, match="carries the streams of 2 processes, this run has 1"):
+        fit(config, path, tmp_path / "carried")
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_resumed_in_half_precision(data, tmp_path, precision):
     config, path = setup(data, CARRIED | {"precision": precision, "lr": 1e-3}, 6)
