@@ -98,7 +98,7 @@ def test_a_step_is_one_function(data, tmp_path):
 def test_what_is_logged_is_the_mean_over_the_steps_since(data, tmp_path):
     logged = {}
     for every in (1, 3):
-        toy(data, tmp_path / str(every), log_every=every, accumulate=2)
+        toy(data, tmp_path / str(every), log_every=every)
         lines = (tmp_path / str(every) / "metrics.jsonl").read_text().splitlines()
         logged[every] = [json.loads(line) for line in lines]
     for name in ("loss", "brightness", "grad_norm"):
