@@ -83,8 +83,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _explain(error: Exception) -> int:
     from .stream import NonFiniteOutput
+    from .train.errors import NonFiniteLoss, TrainError
     from .video import VideoError
 
+    if isinstance(error, NonFiniteLoss) and int(os.environ.get("RANK", 0)):
+        return BAD_INPUT  # the first process says it for all
     if isinstance(error, OSError) and error.strerror:
         text = (
             f"{error.filename}: {error.strerror}"
@@ -93,7 +96,9 @@ def _explain(error: Exception) -> int:
         )
     else:
         text = str(error)
-    if isinstance(error, UsageError | VideoError | NonFiniteOutput | OSError | ValueError | NotImplementedError):
+    if isinstance(
+        error, UsageError | VideoError | NonFiniteOutput | TrainError | OSError | ValueError | NotImplementedError
+    ):
         print(f"endomamba: {text}", file=sys.stderr)
         return BAD_INPUT
     print(f"endomamba: {type(error).__name__}: {text}  (a bug; --debug shows where)", file=sys.stderr)
@@ -109,7 +114,9 @@ def build_parser() -> argparse.ArgumentParser:
         "endomamba", description="Video models with a memory, frame by frame.", formatter_class=form
     )
     parser.add_argument("--version", action="version", version=f"endomamba {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="{stream,features,demo,synth,info}")
+    commands = parser.add_subparsers(
+        title="commands", required=True, metavar="{stream,features,demo,synth,data,finetune,eval,info}"
+    )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -192,10 +199,60 @@ def build_parser() -> argparse.ArgumentParser:
     synth.add_argument("--quiet", action="store_true", help="no progress, no summary; errors are still shown")
     synth.set_defaults(run=_synth, max_frames=None)
 
+    _add_training(commands, common)
+
     info = commands.add_parser("info", parents=[common], help="devices, back ends, and why each can or cannot run")
     info.add_argument("--json", action="store_true")
     info.set_defaults(run=_info)
     return parser
+
+
+def _add_training(commands: Any, common: argparse.ArgumentParser) -> None:
+    data = commands.add_parser("data", help="the list of clips that training reads")
+    actions = data.add_subparsers(title="actions", required=True, metavar="{manifest,check}")
+    manifest = actions.add_parser(
+        "manifest", parents=[common], help="write FOLDER/manifest.jsonl", description="Lists the clips of a folder."
+    )
+    manifest.add_argument("folder", type=Path)
+    manifest.add_argument(
+        "--layout",
+        required=True,
+        choices=("synth", "folders", "lists"),
+        help="what `endomamba synth` wrote; [train/] CLASS/*.mp4; videos/ and splits/train.csv of file,label",
+    )
+    manifest.add_argument("--overwrite", action="store_true", help="replace the manifest that is there")
+    manifest.set_defaults(run=_data_manifest)
+    check = actions.add_parser(
+        "check",
+        parents=[common],
+        help="decode every file of a manifest",
+        description="Decodes every file of a manifest once and names those that are damaged, missing or too short.",
+    )
+    check.add_argument("manifest", type=Path)
+    check.set_defaults(run=_data_check)
+
+    for name, run, text in (
+        ("finetune", _finetune, "train a recipe on a manifest; the same command goes on where it was stopped"),
+        ("eval", _eval, "metrics of a recipe's weights on a manifest"),
+    ):
+        command = commands.add_parser(
+            name,
+            parents=[common],
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}. Under torchrun it uses all its processes.",
+        )
+        command.add_argument("recipe", help="an unknown name lists them all")
+        command.add_argument("--data", type=Path, required=True, metavar="MANIFEST")
+        command.add_argument(
+            "--set", action="append", default=[], metavar="FIELD=VALUE", help="change the recipe, clip.frames=8 say"
+        )
+        command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+        command.set_defaults(run=run)
+        if name == "finetune":
+            command.add_argument("--out", type=Path, required=True, metavar="DIR")
+        else:
+            command.add_argument("--weights", type=Path, required=True)
+            command.add_argument("--split", default="test", choices=("train", "val", "test"), help="default: test")
 
 
 def _add_model_options(command: argparse.ArgumentParser) -> None:
@@ -728,6 +785,75 @@ def _synth(args: argparse.Namespace) -> int:
             f"variant {args.variant}, split {args.split}, seeds {seeds[0]} to {seeds[-1]}, "
             f"parameters {video.params.digest()[:12]}"
         )
+    return OK
+
+
+# ---- endomamba data, finetune, eval
+
+
+def _data_manifest(args: argparse.Namespace) -> int:
+    from .train import manifest
+
+    path = args.folder / "manifest.jsonl"
+    if path.exists() and not args.overwrite:
+        raise UsageError(f"{path} exists already: replace it with --overwrite")
+    written = manifest.write(path, *manifest.CONVERTERS[args.layout](args.folder))
+    counts = {split: sum(entry.split == split for entry in written.entries) for split in manifest.SPLITS}
+    print(f"{path}: {', '.join(f'{count} {split}' for split, count in counts.items())}; "
+          f"classes {', '.join(written.classes)}")  # fmt: skip
+    return OK
+
+
+def _data_check(args: argparse.Namespace) -> int:
+    from .train import manifest
+
+    listed, bad = manifest.read(args.manifest), 0
+    for entry, why in manifest.check(listed):
+        print(f"{'BAD ' if why else 'ok  '} {entry}{f': {why}' if why else ''}", flush=True)
+        bad += bool(why)
+    print(f"{len(listed.entries)} clips, {bad} of them bad")
+    return DAMAGED if bad else OK
+
+
+def _recipe(args: argparse.Namespace) -> Any:
+    """The recipe with what --set changes; a value is a Python literal, or else a word."""
+    import ast
+
+    from .train import recipes
+
+    changes = {}
+    for text in args.set:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--set must be FIELD=VALUE, got {text!r}")
+        try:
+            changes[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            changes[name] = value
+    return recipes.find(args.recipe, changes)
+
+
+def _finetune(args: argparse.Namespace) -> int:
+    from .train import finetune, manifest
+    from .train.world import start_world
+
+    with start_world(args.device) as world:
+        finetune.run(_recipe(args), manifest.read(args.data), args.out, world)
+        if world.rank == 0:
+            print(f"written  {args.out / 'final.safetensors'}")
+    return OK
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from .train import finetune, manifest
+    from .train.world import start_world
+
+    config, listed = _recipe(args), manifest.read(args.data)
+    with start_world(args.device) as world:
+        model = finetune.build(config, listed, args.weights, head=True).to(world.device)
+        values = finetune.evaluate(config, model, listed, args.split, world)
+        if world.rank == 0:
+            print(json.dumps(values, indent=2))
     return OK
 
 

@@ -77,6 +77,10 @@ class FolderReader(VideoReader):
                 continue
         raise VideoError(f"{self.path} holds {len(self._files)} files with names of pictures, none can be read as one")
 
+    def pick(self, numbers: Iterable[int]) -> None:
+        """From now on only these pictures are handed out, in this order."""
+        self._files = [self._files[number] for number in numbers]
+
     def close(self) -> None:
         pass
 

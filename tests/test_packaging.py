@@ -15,7 +15,20 @@ import pytest
 import endomamba
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = {"triton", "av", "timm", "torchvision", "torchmetrics", "einops", "tqdm", "pydicom", "PIL", "cv2", "pandas"}
+HEAVY = {
+    "triton",
+    "av",
+    "timm",
+    "torchvision",
+    "torchmetrics",
+    "einops",
+    "tqdm",
+    "pydicom",
+    "PIL",
+    "cv2",
+    "pandas",
+    "tensorboard",
+}
 
 
 def python(code: str, cwd: Path, path: str = "") -> str:
@@ -26,7 +39,15 @@ def python(code: str, cwd: Path, path: str = "") -> str:
 
 
 @pytest.mark.parametrize(
-    "module", ["endomamba", "endomamba.ops", "endomamba.models", "endomamba.stream", "endomamba.synthetic"]
+    "module",
+    [
+        "endomamba",
+        "endomamba.ops",
+        "endomamba.models",
+        "endomamba.stream",
+        "endomamba.synthetic",
+        "endomamba.train.recipes",
+    ],
 )
 def test_import_needs_torch_alone(module, tmp_path):
     code = (

@@ -89,3 +89,16 @@ def start_if_asked() -> None:
         start()
     except RuntimeError as error:
         log.warning("%s=1 has no effect: %s", VARIABLE, error)
+
+
+@contextlib.contextmanager
+def nvtx_range(label: str) -> Iterator[None]:
+    """A range for something larger than an op; nothing while ranges are off."""
+    if not _plain:
+        yield
+        return
+    torch.cuda.nvtx.range_push(label)
+    try:
+        yield
+    finally:
+        torch.cuda.nvtx.range_pop()

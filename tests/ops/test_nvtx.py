@@ -46,6 +46,14 @@ def test_ranges_within_a_mixer(said):
     assert said == ["endomamba::mixer_inner reference", *inner, "."]
 
 
+def test_a_range_of_ones_own(said):
+    with _nvtx.nvtx_range("forward"):
+        pass
+    with nvtx_ranges(), _nvtx.nvtx_range("forward"):
+        selective_scan(*scan_inputs(), backend="reference")
+    assert said == ["forward", "endomamba::selective_scan reference", ".", "."]
+
+
 def test_off_is_the_plain_function(said):
     """The very object that is called without this module, so off costs 0 ns, not little."""
     before = {op: dict(table) for op, table in _backend.TABLES.items()}
