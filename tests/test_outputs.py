@@ -19,7 +19,7 @@ Image = pytest.importorskip("PIL.Image")
 from safetensors.torch import load_file  # noqa: E402
 
 from endomamba import cli  # noqa: E402
-from endomamba.models import create_model  # noqa: E402
+from endomamba.models import EndoMamba, create_model  # noqa: E402
 from endomamba.outputs import COLOURS, FAULT, AnnotatedVideo, Timeline, keep_whole_fragments  # noqa: E402
 from endomamba.stream import FrameStream  # noqa: E402
 from endomamba.video import Frame, open_video  # noqa: E402
@@ -210,13 +210,13 @@ def test_a_source_that_goes_away_leaves_whole_files(long, tmp_path, capsys):
 
 
 def test_a_frame_that_is_not_finite_is_counted_and_shown(clip, tmp_path, capsys, monkeypatch):
-    honest = FrameStream.__call__
+    honest = EndoMamba.step_
 
-    def sometimes(self, frame):
-        output = honest(self, frame)
-        return output * float("nan") if self.frames_seen == 11 else output
+    def sometimes(self, frames, state):
+        output = honest(self, frames, state)
+        return output * float("nan") if int(state.frame) == 11 else output
 
-    monkeypatch.setattr(FrameStream, "__call__", sometimes)
+    monkeypatch.setattr(EndoMamba, "step_", sometimes)
     assert stream(clip, "--out", tmp_path / "run", "--max-frames", 20) == 3
     out, err = capsys.readouterr()
     assert "at frame 10 is not finite; the stream goes on" in err and "at 10 of 20 frames" in err

@@ -5,6 +5,7 @@ Letters: b streams, layers temporal layers, w conv width, d inner channels, n st
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -26,9 +27,12 @@ class CarriedState:
     """What the state of every model has; a subclass is a dataclass whose tensors are named in TENSORS.
 
     `model` is the fingerprint of the config it belongs to; another model refuses it.
+    ROWS: tensor -> its dimension of streams, where a state keeps each stream apart and its shapes never change; else
+    None, and `finite`, `settle_` and `reset_` of single streams are not for it.
     """
 
     TENSORS: ClassVar[tuple[str, ...]]
+    ROWS: ClassVar[dict[str, int] | None] = None
     frame: Tensor  # (b,) int64, frames seen so far
     model: str
 
@@ -64,6 +68,36 @@ class CarriedState:
             getattr(self, name).copy_(getattr(other, name))
         return self
 
+    def finite(self, *outputs: Tensor) -> Tensor:
+        """(b,) bool: streams without NaN and infinity here and in `outputs` (b, ...).  Does not wait for the device.
+
+        A largest magnitude keeps NaN, so one reduction a tensor tells.
+        """
+        tensors = [(getattr(self, name), dim) for name, dim in self._rows().items() if name != "frame"]
+        tensors += [(output, 0) for output in outputs]
+        largest = [
+            torch.linalg.vector_norm(tensor, math.inf, [i for i in range(tensor.ndim) if i != dim]).float()
+            for tensor, dim in tensors
+            if tensor.numel()
+        ]
+        return torch.stack(largest).amax(0) < math.inf
+
+    def settle_(self: State, taken: Tensor, before: State) -> None:
+        """Each stream of `taken` (b,) bool goes on: `before` takes it over.  The others go back to `before`, bit by bit.
+
+        In place and without waiting for the device: the state after a frame, and a copy of the one before it.
+        """
+        for name, dim in self._rows().items():
+            after, old = getattr(self, name), getattr(before, name)
+            rows = taken.view([-1 if i == dim else 1 for i in range(after.ndim)])
+            torch.where(rows, after, old, out=after)
+            old.copy_(after)
+
+    def _rows(self) -> dict[str, int]:
+        if self.ROWS is None:
+            raise NotImplementedError(f"{type(self).__name__} does not keep its streams apart")
+        return self.ROWS
+
     def check(self, model: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> None:
         """Refuses what does not belong to this model, batch, device and dtype, in one sentence."""
         if self.model != model:
@@ -83,6 +117,25 @@ class CarriedState:
             if tensor.dtype != expected:
                 raise ValueError(f"state.{name} must be {expected}, got {tensor.dtype}")
 
+    def _index(self, rows: Rows | None) -> Tensor:
+        """Row numbers as an int64 tensor on the state's device; numbers given on the host are checked."""
+        who = type(self).__name__
+        if rows is None:
+            return torch.arange(self.batch_size, device=self.device)
+        if isinstance(rows, Tensor):
+            if rows.dtype == torch.bool:
+                if rows.shape != (self.batch_size,):
+                    raise ValueError(
+                        f"{who}: a row mask must have shape ({self.batch_size},), got {tuple(rows.shape)}"
+                    )
+                return rows.to(self.device).nonzero().flatten()
+            return rows.to(self.device, torch.int64).reshape(-1)
+        numbers = [rows] if isinstance(rows, int) else list(rows)
+        for row in numbers:
+            if not -self.batch_size <= row < self.batch_size:
+                raise ValueError(f"{who}: there is no row {row} among {self.batch_size} streams")
+        return torch.tensor([row % self.batch_size for row in numbers], dtype=torch.int64, device=self.device)
+
     def _map(self: State, function: Callable[[Tensor], Tensor]) -> State:
         changes: dict[str, Any] = {name: function(getattr(self, name)) for name in self.TENSORS}
         return replace(self, **changes)  # type: ignore[type-var]  # every subclass is a dataclass
@@ -97,6 +150,7 @@ class StreamState(CarriedState):
     """
 
     TENSORS = ("conv", "ssm", "frame")
+    ROWS: ClassVar = {"conv": 1, "ssm": 1, "frame": 0}
 
     conv: Tensor
     ssm: Tensor
@@ -169,24 +223,6 @@ class StreamState(CarriedState):
 
     def _with(self, conv: Tensor, ssm: Tensor, frame: Tensor) -> StreamState:
         return replace(self, conv=conv, ssm=ssm, frame=frame)
-
-    def _index(self, rows: Rows | None) -> Tensor:
-        """Row numbers as an int64 tensor on the state's device; numbers given on the host are checked."""
-        if rows is None:
-            return torch.arange(self.batch_size, device=self.device)
-        if isinstance(rows, Tensor):
-            if rows.dtype == torch.bool:
-                if rows.shape != (self.batch_size,):
-                    raise ValueError(
-                        f"StreamState: a row mask must have shape ({self.batch_size},), got {tuple(rows.shape)}"
-                    )
-                return rows.to(self.device).nonzero().flatten()
-            return rows.to(self.device, torch.int64).reshape(-1)
-        numbers = [rows] if isinstance(rows, int) else list(rows)
-        for row in numbers:
-            if not -self.batch_size <= row < self.batch_size:
-                raise ValueError(f"StreamState: there is no row {row} among {self.batch_size} streams")
-        return torch.tensor([row % self.batch_size for row in numbers], dtype=torch.int64, device=self.device)
 
 
 # torch.compile and torch.export take a state as an argument and return one.
