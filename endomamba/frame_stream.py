@@ -40,8 +40,8 @@ class FrameStream:
     mean, std: of uint8 frames, in [0, 1]; floating-point frames are taken as normalised.
     positions: what a frame's temporal position counts: the frames that its stream took in ("processed"), or all that
     its camera gave ("elapsed", see `step`), where dropped and not finite ones leave a gap.
-    graph: capture CUDA graphs; None: on a GPU, unless the model's state grows (the attention twin's does).  Replays read
-    the model's weights where they were: after `model.to` or an assignment make a new FrameStream.
+    graph: capture CUDA graphs; None: on a GPU, unless the model's state grows (the attention twin's does).  Replays
+    read the model's weights where they were: after `model.to` or an assignment make a new FrameStream.
     """
 
     def __init__(
@@ -72,12 +72,12 @@ class FrameStream:
             raise NotImplementedError(
                 f"FrameStream: positions='elapsed' is not for the state of {type(model).__name__}, which grows"
             )
-        self._pool = torch.cuda.graph_pool_handle() if self.graph else None
+        self._pool: tuple[int, int] | None = None  # memory that the graphs share
         self._scale, self._shift = (t.to(self.device) for t in normalisation(mean, std))
         self._answer: Tensor | None = None  # (b, k)
         self._nan = torch.empty(())
-        self._active = _Mailbox(torch.ones(batch_size, dtype=torch.bool, device=self.device))
-        self._gap = _Mailbox(torch.zeros(batch_size, dtype=torch.int64, device=self.device))
+        self._active = _Mailbox([True] * batch_size, torch.bool, self.device)
+        self._gap = _Mailbox([0] * batch_size, torch.int64, self.device)
         self._not_finite = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         self._inputs: dict[tuple[int, int, bool], _Input] = {}
         self.prepare(model.config.img_size, *sizes)
@@ -103,8 +103,8 @@ class FrameStream:
         elapsed: with positions="elapsed", frames that each camera gave since its last one here, this one included.
 
         A row is NaN where no frame was taken in: of an idle stream, or where the output or the state after the frame
-        would not be finite (`not_finite` counts them).  A page-locked host frame is copied while the call returns: leave
-        it as it is until the answer was read.
+        would not be finite (`not_finite` counts them).  A page-locked host frame is copied while the call returns:
+        leave it as it is until the answer was read.
         """
         start = time.perf_counter()
         rows, size, is_uint8 = self._checked(frames)
@@ -191,6 +191,7 @@ class FrameStream:
             # what a frame leaves behind lies outside of it.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._advance(self._normalised(entry))
+            self._pool = graph.pool()
         self.restore(kept)
         self._not_finite.copy_(counted)
         return graph
@@ -221,7 +222,7 @@ class FrameStream:
         return rows, *(kinds.pop() if kinds else (self.model.config.img_size, True))
 
     def _as_buffer(self, x: Tensor, given: Tensor, streams: int) -> Tensor:
-        """(streams, ...) -> (streams, h, w, 3) uint8 or (streams, 3, h, w), a view; `given` is what to complain about."""
+        """(streams, ...) -> (streams, h, w, 3) uint8 or (streams, 3, h, w), a view; `given` is for the complaint."""
         channels, is_uint8 = self._channels, x.dtype == torch.uint8
         if x.ndim == 4 and x.shape[1] != channels and x.shape[3] == channels:
             x = x.permute(0, 3, 1, 2)
@@ -347,7 +348,9 @@ class _Pinned:
     """Two page-locked copies of a buffer in turn: the host fills one while the copy out of the other may still run."""
 
     def __init__(self, buffer: Tensor) -> None:
-        self.slots = [(torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True), torch.cuda.Event()) for _ in "ab"]
+        self.slots = [
+            (torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True), torch.cuda.Event()) for _ in "ab"
+        ]
 
     def next(self) -> tuple[Tensor, torch.cuda.Event]:
         """A slot, and the event to record behind the copies out of it."""
@@ -359,19 +362,20 @@ class _Pinned:
 class _Mailbox:
     """One number for each stream on the device; nothing is sent while they stay the same."""
 
-    def __init__(self, buffer: Tensor) -> None:
-        self.buffer = buffer
-        self.sent = buffer.tolist()
-        self._pinned = _Pinned(buffer) if buffer.is_cuda else None
+    def __init__(self, numbers: list, dtype: torch.dtype, device: torch.device) -> None:
+        self.buffer = torch.tensor(numbers, dtype=dtype, device=device)
+        self.sent = numbers
+        self._pinned: _Pinned | None = None
 
     def send(self, numbers: list) -> None:
         if numbers == self.sent:
             return
         self.sent = numbers
         values = torch.tensor(numbers, dtype=self.buffer.dtype)
-        if self._pinned is None:
+        if not self.buffer.is_cuda:
             self.buffer.copy_(values)
             return
+        self._pinned = self._pinned or _Pinned(self.buffer)
         slot, copied = self._pinned.next()
         slot.copy_(values)
         self.buffer.copy_(slot, non_blocking=True)
@@ -387,7 +391,7 @@ class _Input:
     pinned: _Pinned | None = None
 
     def fill(self, rows: list[Row]) -> None:
-        """Nothing waits.  Pageable or strided host memory cannot be copied while the host goes on: it is copied first."""
+        """Nothing waits.  Pageable or strided host memory is copied to page-locked memory first, or the host would."""
         staged = []
         for i, row in rows:
             if not self.frames.is_cuda or row.is_cuda or (row.is_contiguous() and row.is_pinned()):

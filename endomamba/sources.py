@@ -166,7 +166,7 @@ class FrameQueue:
                 self._changed.notify_all()
 
     def take(self, seconds: float | None = None) -> Ready | None:
-        """The oldest frame of each camera that has one, as soon as one has; None at the end of all, or after `seconds`."""
+        """The oldest frame of each camera, as soon as one has any; None at the end of all, or after `seconds`."""
         with self._changed:
             self._changed.wait_for(lambda: any(self._waiting) or not self._open, seconds)
             if not any(self._waiting):

@@ -83,7 +83,8 @@ class CarriedState:
         return torch.stack(largest).amax(0) < math.inf
 
     def settle_(self: State, taken: Tensor, before: State) -> None:
-        """Each stream of `taken` (b,) bool goes on: `before` takes it over.  The others go back to `before`, bit by bit.
+        """Each stream of `taken` (b,) bool goes on: `before` takes it over.  The others go back to `before`, bit by
+        bit.
 
         In place and without waiting for the device: the state after a frame, and a copy of the one before it.
         """
@@ -125,9 +126,7 @@ class CarriedState:
         if isinstance(rows, Tensor):
             if rows.dtype == torch.bool:
                 if rows.shape != (self.batch_size,):
-                    raise ValueError(
-                        f"{who}: a row mask must have shape ({self.batch_size},), got {tuple(rows.shape)}"
-                    )
+                    raise ValueError(f"{who}: a row mask must have shape ({self.batch_size},), got {tuple(rows.shape)}")
                 return rows.to(self.device).nonzero().flatten()
             return rows.to(self.device, torch.int64).reshape(-1)
         numbers = [rows] if isinstance(rows, int) else list(rows)
