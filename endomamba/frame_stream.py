@@ -4,7 +4,7 @@ On a GPU a call is one copy and one replay of a CUDA graph that holds all from t
 normalisation, the model, and the decision which streams take their frame in.  On a CPU the same functions run without a
 graph, so what is tested there is what a GPU captures.
 
-A frame is tried on the state, then taken in or not (`CarriedState.settle_`): a stream that is idle or whose output or
+A frame is tried on the state, then taken in or not (`endomamba.ops.frame_settle`): a stream that is idle or whose output or
 state became NaN or infinite goes back to its bits before the frame.  The device decides; the host never waits for it.
 """
 
@@ -75,7 +75,6 @@ class FrameStream:
         self._pool: tuple[int, int] | None = None  # memory that the graphs share
         self._scale, self._shift = (t.to(self.device) for t in normalisation(mean, std))
         self._answer: Tensor | None = None  # (b, k)
-        self._nan = torch.empty(())
         self._active = _Mailbox([True] * batch_size, torch.bool, self.device)
         self._gap = _Mailbox([0] * batch_size, torch.int64, self.device)
         self._not_finite = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
@@ -141,18 +140,13 @@ class FrameStream:
         logits = self.model.step_(x, state)[:, 0]
         if self._answer is None:
             with torch.inference_mode(False):
-                self._answer = torch.empty_like(logits)
-                self._nan = torch.full((), float("nan"), dtype=logits.dtype, device=logits.device)
-        if not self._apart:
+                self._answer = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        if self._apart:
+            backend = "reference" if logits.dtype == torch.float64 else "auto"
+            elapsed, active = self.positions == "elapsed", self._active.buffer
+            state.settle_(before, logits, active, self._answer, self._not_finite, elapsed=elapsed, backend=backend)
+        else:
             self._answer.copy_(logits)
-            return
-        active, finite = self._active.buffer, state.finite(logits)
-        if self.positions == "elapsed":  # time went on, whatever became of the frame
-            torch.where(active, state.frame, before.frame, out=before.frame)
-        taken = active & finite
-        state.settle_(taken, before)
-        torch.where(taken.unsqueeze(1), logits, self._nan, out=self._answer)
-        self._not_finite.add_(active > finite)
 
     # ---- what comes in
 

@@ -275,7 +275,7 @@ def test_frames_of_any_size_are_resized_as_in_training(model, shape):
     plain = torch.nn.functional.interpolate(
         frames[-1].permute(2, 0, 1)[None].double() / 255, (SIZE, SIZE), mode="bilinear", antialias=True
     )[0]
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (camera.mean, camera.std))
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (camera.mean, camera.std))
     torch.testing.assert_close(read.double(), (plain - mean) / std, rtol=0, atol=1e-3)
 
 
@@ -341,15 +341,17 @@ def test_a_frame_asks_the_host_for_nothing():
 
 
 def test_what_a_frame_costs_beside_the_model(model):
-    """Each of these is a kernel on a GPU: frames in 1, normalisation 2, decision and answer 16."""
-    camera = FrameStream(model)
+    """On a GPU a copy, two kernels that normalise, and frame_settle, which is two."""
+    camera, frame = FrameStream(model), picture(0)
     camera.warm_up()
+    x, state = preprocess(batch(0), SIZE).unsqueeze(2), model.init_state(1)
     with CountDispatched() as whole:
-        camera.step(picture(0))
+        camera.step(frame)
     with torch.inference_mode(), CountDispatched() as alone:
-        model.step_(preprocess(batch(0), SIZE).unsqueeze(2), model.init_state(1))
-    ours = whole.names - alone.names
-    assert sum(ours.values()) <= 19, ours
+        model.step_(x, state)
+    names = ("copy_", "addcmul", "frame_settle", "where", "linalg", "add_", "mul", "fill", "empty", "zeros", "item")
+    ours = {name: n for name, n in (whole.names - alone.names).items() if any(word in name for word in names)}
+    assert ours == {"aten.copy_.default": 1, "aten.addcmul.default": 1, "endomamba.frame_settle.default": 1}
 
 
 def test_graphs_need_a_gpu(model):
@@ -361,7 +363,10 @@ def test_graphs_need_a_gpu(model):
 
 
 def test_memory_does_not_grow():
-    """2,000 frames: of Python's own memory nothing, of the process no more than the noise of its allocator."""
+    """2,000 frames: the process takes no more than the noise of its allocator, and Python comes to rest.
+
+    Its free lists fill up first; a leak of one object a frame would be 4 KB in each round of 80.
+    """
     camera = FrameStream(long_memory(embed_dim=8, depth=2, d_state=2), 2)
     frames = [batch(i, 100 + i) for i in range(4)]
 
@@ -370,17 +375,19 @@ def test_memory_does_not_grow():
             camera.step(frames[i % 4] if i % 3 else [frames[0][0], None])
         gc.collect()
 
+    read(300)
+    resident = resident_bytes()
+    read(2_000)
+    resident = resident_bytes() - resident
+    assert resident < 4 << 20, f"{resident / 2000:.0f} bytes a frame"
     tracemalloc.start()
     try:
-        read(300)
-        before, resident = tracemalloc.get_traced_memory()[0], resident_bytes()
-        read(2_000)
-        grown = tracemalloc.get_traced_memory()[0] - before
+        held = [read(80) or tracemalloc.get_traced_memory()[0] for _ in range(6)]
     finally:
         tracemalloc.stop()
-    assert grown < 16 << 10, f"{grown} bytes more, {grown / 2000:.1f} a frame"
-    assert resident_bytes() - resident < 4 << 20
-    assert camera.frames == [2300, 2300 - 767]
+    least = min(after - before for before, after in zip(held, held[1:]))
+    assert least < 1 << 10, f"{least / 80:.1f} bytes a frame"
+    assert camera.frames == [2780, 1853]
 
 
 def resident_bytes() -> int:

@@ -5,7 +5,6 @@ Letters: b streams, layers temporal layers, w conv width, d inner channels, n st
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils import _pytree
+
+from ..ops import frame_settle
 
 FORMAT = "endomamba.StreamState"
 
@@ -28,7 +29,7 @@ class CarriedState:
 
     `model` is the fingerprint of the config it belongs to; another model refuses it.
     ROWS: tensor -> its dimension of streams, where a state keeps each stream apart and its shapes never change; else
-    None, and `finite`, `settle_` and `reset_` of single streams are not for it.
+    None, and `settle_` and `reset_` of single streams are not for it.
     """
 
     TENSORS: ClassVar[tuple[str, ...]]
@@ -68,31 +69,28 @@ class CarriedState:
             getattr(self, name).copy_(getattr(other, name))
         return self
 
-    def finite(self, *outputs: Tensor) -> Tensor:
-        """(b,) bool: streams without NaN and infinity here and in `outputs` (b, ...).  Does not wait for the device.
-
-        A largest magnitude keeps NaN, so one reduction a tensor tells.
-        """
-        tensors = [(getattr(self, name), dim) for name, dim in self._rows().items() if name != "frame"]
-        tensors += [(output, 0) for output in outputs]
-        largest = [
-            torch.linalg.vector_norm(tensor, math.inf, [i for i in range(tensor.ndim) if i != dim]).float()
-            for tensor, dim in tensors
-            if tensor.numel()
-        ]
-        return torch.stack(largest).amax(0) < math.inf
-
-    def settle_(self: State, taken: Tensor, before: State) -> None:
-        """Each stream of `taken` (b,) bool goes on: `before` takes it over.  The others go back to `before`, bit by
-        bit.
-
-        In place and without waiting for the device: the state after a frame, and a copy of the one before it.
-        """
+    def settle_(
+        self: State,
+        before: State,
+        logits: Tensor,
+        active: Tensor,
+        answer: Tensor,
+        not_finite: Tensor,
+        *,
+        elapsed: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        """After a step tried on this state: `frame_settle` with its streams and those of `before`, a copy from before
+        the step.  Both are equal afterwards."""
+        pairs = []
         for name, dim in self._rows().items():
-            after, old = getattr(self, name), getattr(before, name)
-            rows = taken.view([-1 if i == dim else 1 for i in range(after.ndim)])
-            torch.where(rows, after, old, out=after)
-            old.copy_(after)
+            if name != "frame":
+                shape = getattr(self, name).shape
+                view = (shape[:dim].numel(), shape[dim], shape[dim + 1 :].numel())
+                pairs.append((getattr(self, name).view(view), getattr(before, name).view(view)))
+        frame_settle(
+            logits, active, (self.frame, before.frame), pairs, answer, not_finite, elapsed=elapsed, backend=backend
+        )
 
     def _rows(self) -> dict[str, int]:
         if self.ROWS is None:
