@@ -4,8 +4,9 @@ On a GPU a call is one copy and one replay of a CUDA graph that holds all from t
 normalisation, the model, and the decision which streams take their frame in.  On a CPU the same functions run without a
 graph, so what is tested there is what a GPU captures.
 
-A frame is tried on the state, then taken in or not (`endomamba.ops.frame_settle`): a stream that is idle or whose output or
-state became NaN or infinite goes back to its bits before the frame.  The device decides; the host never waits for it.
+A frame is tried on the state, then taken in or not (`endomamba.ops.frame_settle`): a stream that is idle, or whose
+output or state became NaN or infinite, goes back to its bits before the frame.  The device decides; the host never
+waits for it.
 """
 
 from __future__ import annotations

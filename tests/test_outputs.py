@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,30 @@ def test_a_folder_with_everything(clip, tmp_path, capsys):
     assert "annotated.mp4" not in capsys.readouterr().out.split("written")[-1]
 
 
+@pytest.mark.parametrize("policy", ["block", "drop-oldest"])
+def test_a_file_may_be_read_like_a_camera(policy, clip, tmp_path, capsys, monkeypatch):
+    """What the model is too slow for is lost and counted, and with --positions elapsed its time goes by."""
+    honest, positions = EndoMamba.step_, []
+
+    def slow(self, frames, state):
+        time.sleep(0.01)
+        positions.append(int(state.frame))
+        return honest(self, frames, state)
+
+    monkeypatch.setattr(EndoMamba, "step_", slow)
+    options = ("--back-pressure", policy, "--positions", "elapsed", "--no-video", "--quiet")
+    assert stream(clip, "--out", tmp_path / "run", *options) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert summary["back_pressure"] == policy.replace("-", " ") and summary["positions"] == "elapsed"
+    assert summary["decoded"] == 40 == len(lines) + summary["dropped"]
+    assert positions[1:] == [line["frame"] for line in lines], "after the frame that warms up"
+    if policy == "block":
+        assert summary["dropped"] == 0 and summary["waits"] > 10
+    else:
+        assert summary["dropped"] > 10 and summary["waits"] == 0
+
+
 def test_names_must_be_as_many_as_classes(clip, tmp_path, capsys):
     names = tmp_path / "names.txt"
     names.write_text("one\ntwo\n")
@@ -173,8 +198,6 @@ def test_a_full_disk_leaves_whole_files(room, long, tmp_path, capsys):
 
 def test_a_live_source_that_hangs_ends_the_run(clip, tmp_path, capsys, monkeypatch):
     """Its thread stays in the source: that is left open, and the run ends all the same."""
-    import time
-
     from endomamba import sources
 
     class Hangs(sources.LiveReader):

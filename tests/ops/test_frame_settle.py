@@ -122,7 +122,11 @@ def test_one_sentence_for_what_does_not_fit():
         ({"states": []}, NotImplementedError, "one or two pairs of states, got 0"),
         ({"states": [(torch.ones(5, 2), torch.ones(5, 2))]}, ValueError, r"states\[0\] must be \(g, b, m\)"),
         ({"states": [(torch.ones(2, 4, 2), torch.ones(2, 4, 2))]}, ValueError, r"= \(2, 5, 2\), got \(2, 4, 2\)"),
-        ({"states": [(torch.ones(3, 5, 2).mT.contiguous().mT,) * 2]}, ValueError, "two contiguous tensors of one dtype"),
+        (
+            {"states": [(torch.ones(3, 5, 2).mT.contiguous().mT,) * 2]},
+            ValueError,
+            "two contiguous tensors of one dtype",
+        ),
     ):
         with pytest.raises(error, match=f"frame_settle: .*{sentence}"):
             frame_settle(**(make() | change))
