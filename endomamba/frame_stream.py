@@ -110,8 +110,9 @@ class FrameStream:
         rows, size, is_uint8 = self._checked(frames)
         whole = isinstance(frames, Tensor)
         active = [True] * self.batch_size if whole else [frame is not None for frame in frames]
+        gaps = self._gaps(elapsed, active)
         self._active.send(active)
-        self._gap.send(self._gaps(elapsed, active))
+        self._gap.send(gaps)
         with torch.inference_mode():
             entry = self._input(size, is_uint8)
             entry.fill(rows)
@@ -121,7 +122,7 @@ class FrameStream:
             else:
                 x = self._normalised(entry)
                 self.preprocess_seconds = time.perf_counter() - start
-                self._advance(x)
+                self._advance_or_not(x)
         assert self._answer is not None
         return self._answer
 
@@ -132,6 +133,15 @@ class FrameStream:
             size = tuple(x.shape[1:3]) if self._any_size else self.model.config.img_size
             x = to_input(x, size, self._scale, self._shift)
         return x.to(self._dtype).unsqueeze(2)
+
+    def _advance_or_not(self, x: Tensor) -> None:
+        """What ends a frame half-way, Ctrl-C or a lack of memory, leaves no trace of it either."""
+        try:
+            self._advance(x)
+        except BaseException:
+            if self._apart:
+                self._state.copy_(self._before)
+            raise
 
     def _advance(self, x: Tensor) -> None:
         """Tries x on the state, decides, answers.  With `_normalised` all that a graph holds: no host in it."""

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,21 @@ def test_a_state_that_is_not_finite_is_seen_behind_a_finite_answer():
     assert camera(bad).isnan().all() and camera.not_finite == [1]
     assert same(row(before, 0), row(camera.snapshot(), 0))
     assert camera(picture(4)).isfinite().all()
+
+
+def test_a_frame_that_is_cut_short_leaves_no_trace(model, monkeypatch):
+    camera = FrameStream(model, 2)
+    camera(batch(0, 100))
+    before, expected = camera.snapshot(), camera.clone()(batch(1, 101))
+
+    def interrupted(features):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(model.head, "forward", interrupted)
+        camera(batch(7, 107))
+    assert all(same(row(before, i), row(camera.snapshot(), i)) for i in range(2))
+    assert torch.equal(camera(batch(1, 101)), expected)
 
 
 # ---- positions
@@ -296,6 +312,15 @@ def test_sizes_are_told_beforehand_and_do_not_mix_in_a_call(model):
     assert camera.frames == [2, 2]
 
 
+def test_a_model_of_any_size_reads_frames_as_they_are():
+    model = long_memory(dynamic_img_size=True)
+    camera = FrameStream(model)
+    streamed = torch.cat([camera(picture(i, 24, 32)) for i in range(4)])
+    clip = torch.stack([preprocess(picture(i, 24, 32), None) for i in range(4)], 1).unsqueeze(0)
+    with torch.no_grad():
+        torch.testing.assert_close(streamed, model(clip)[0], rtol=0, atol=TOLERANCE)
+
+
 # ---- what a GPU captures
 
 
@@ -385,7 +410,7 @@ def test_memory_does_not_grow():
         held = [read(80) or tracemalloc.get_traced_memory()[0] for _ in range(6)]
     finally:
         tracemalloc.stop()
-    least = min(after - before for before, after in zip(held, held[1:]))
+    least = min(after - before for before, after in pairwise(held))
     assert least < 1 << 10, f"{least / 80:.1f} bytes a frame"
     assert camera.frames == [2780, 1851]
 

@@ -320,8 +320,8 @@ def frame(i, height=48, width=64):
 def test_the_annotation_shows_label_confidence_and_keeps_irregular_times(tmp_path):
     times = [0.1, 0.14, 0.5, 0.5, 0.51, 2.0]
     video = AnnotatedVideo(tmp_path / "a.mp4", ["none", "polyp"], 25.0)
-    for i, time in enumerate(times):
-        video(record(i, label=i % 2, time=time), frame(i), None)
+    for i, when in enumerate(times):
+        video(record(i, label=i % 2, time=when), frame(i), None)
     video.close()
     with open_video(tmp_path / "a.mp4") as reader:
         frames = list(reader)

@@ -40,10 +40,8 @@ def test_rows_and_what_is_missing(few, tmp_path, capsys):
 
     assert command([*QUICK, "--out", str(out), "--only", "3 streams"]) == 0
     again = json.loads(out.read_text())
-    assert len(again["rows"]) == 4 and again["missing"] == result["missing"] and len(again["commands"]) == 2
-    assert [row for row in again["rows"] if row["streams"] == 1] == [
-        row for row in result["rows"] if row["streams"] == 1
-    ]
+    assert len(again["rows"]) == 4 and len(again["missing"]) == len(result["missing"])
+    assert again["rows"][:3] == result["rows"][:3] and again["rows"][3] != result["rows"][3]
 
 
 def test_a_stream_that_forgets_gets_no_time(few, tmp_path, monkeypatch, capsys):
@@ -76,7 +74,7 @@ def test_the_tail():
 
 @pytest.mark.parametrize(
     "words, told",
-    [(["--device", "cuda:77"], "there is no GPU"), (["--only", "nothing"], "no case has that in its name")],
+    [(["--device", "cuda:77"], "there is no GPU"), (["--only", "nothing"], "no case has that")],
 )
 def test_refused(words, told, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
