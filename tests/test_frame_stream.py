@@ -1,8 +1,12 @@
-"""FrameStream: who goes on, who stays, what is carried, and that a GPU could capture what a CPU runs here."""
+"""FrameStream: who goes on, who stays, what is carried, and that a GPU could capture what a CPU runs here.
+
+With ENDOMAMBA_TEST_DEVICE=cuda the same tests run on a GPU, where every stream replays graphs.
+"""
 
 from __future__ import annotations
 
 import gc
+import math
 import os
 import subprocess
 import sys
@@ -18,12 +22,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.worker import CountDispatched
 from endomamba.models import create_model
+from endomamba.models.layers import temporal_positions
 from endomamba.stream import FrameQueue, FrameStream, StreamSession
 from endomamba.video import Damage, Frame, VideoInfo, preprocess
-from tests.models.common import assert_state_matters, awake, long_memory
+from tests.models.common import ROUNDING, assert_state_matters, awake, long_memory
+from tests.ops.backends import DEVICE
 
 SIZE = 16  # of the tiny model's frames: 2 x 2 patches and cls
-TOLERANCE = 2e-6
+TOLERANCE = 2e-6 * ROUNDING
 NAN, INF = float("nan"), float("inf")
 
 
@@ -39,6 +45,10 @@ def picture(number: int, height: int = SIZE, width: int = SIZE) -> torch.Tensor:
 
 def batch(*numbers: int) -> torch.Tensor:
     return torch.stack([picture(number) for number in numbers])
+
+
+def normalised(*numbers: int) -> torch.Tensor:
+    return preprocess(batch(*numbers), SIZE).to(DEVICE)
 
 
 def alone(model, numbers, **options) -> torch.Tensor:
@@ -58,8 +68,7 @@ def test_the_state_of_these_weights_matters(model):
     camera = FrameStream(model, 2)
     for i in range(5):
         camera(batch(i, 100 + i))
-    frames = preprocess(batch(5, 105), SIZE).unsqueeze(2)
-    assert_state_matters(model, frames, camera.snapshot(), TOLERANCE)
+    assert_state_matters(model, normalised(5, 105).unsqueeze(2), camera.snapshot(), TOLERANCE)
 
 
 # ---- streams in a batch
@@ -117,7 +126,7 @@ def test_reset_of_one_stream_leaves_the_others_their_bits(model):
 def test_a_frame_that_is_not_finite_leaves_no_trace(model, value):
     """Not in its own stream, and not in its neighbours'."""
     camera, spared = FrameStream(model, 3), FrameStream(model, 3)
-    frames = [preprocess(batch(i, 100 + i, 200 + i), SIZE) for i in range(6)]
+    frames = [normalised(i, 100 + i, 200 + i) for i in range(6)]
     for i in range(3):
         camera(frames[i]), spared(frames[i])
     bad = frames[3].clone()
@@ -135,10 +144,10 @@ def test_a_frame_that_is_not_finite_leaves_no_trace(model, value):
 def test_a_state_that_is_not_finite_is_seen_behind_a_finite_answer():
     """cls is the first token of a frame: what its last patch does to the state does not reach this frame's answer."""
     model = long_memory(head="cls")
-    bad = preprocess(batch(3), SIZE)
+    bad = normalised(3)
     bad[0, :, -1, -1] = NAN
     with torch.no_grad():  # or this would prove nothing: only temporal layers read forwards, so no spatial ones here
-        model = awake(create_model("endomamba", **{**vars(model.config), "num_spatial_layers": 0}))
+        model = awake(create_model("endomamba", **{**vars(model.config), "num_spatial_layers": 0})).to(DEVICE)
         state = model.init_state(1)
         assert model.step_(bad.unsqueeze(2), state).isfinite().all() and not state.ssm.isfinite().all()
     camera = FrameStream(model)
@@ -149,7 +158,7 @@ def test_a_state_that_is_not_finite_is_seen_behind_a_finite_answer():
 
 
 def test_a_frame_that_is_cut_short_leaves_no_trace(model, monkeypatch):
-    camera = FrameStream(model, 2)
+    camera = FrameStream(model, 2, graph=False)
     camera(batch(0, 100))
     before, expected = camera.snapshot(), camera.clone()(batch(1, 101))
 
@@ -169,7 +178,7 @@ def test_a_frame_that_is_cut_short_leaves_no_trace(model, monkeypatch):
 def test_elapsed_positions_leave_gaps(model):
     """Dropped and not finite frames move time on, idle streams' time stands still until `elapsed` says otherwise."""
     camera, state = FrameStream(model, 2, positions="elapsed"), model.init_state(2)
-    x = [preprocess(batch(i, 100 + i), SIZE) for i in range(4)]
+    x = [normalised(i, 100 + i) for i in range(4)]
     bad = x[1].clone()
     bad[1] = NAN
     camera(x[0], 1)
@@ -211,7 +220,7 @@ def test_no_stream_is_too_long(model, position):
     state = camera.snapshot()
     state.frame.copy_(torch.tensor([position, 3]))
     camera.restore(state)
-    x = preprocess(torch.stack([batch(i, 100 + i) for i in range(3, 7)], 1), SIZE).transpose(1, 2)
+    x = torch.stack([normalised(i, 100 + i) for i in range(3, 7)], 2)
     streamed = torch.stack([camera(x[:, :, i]) for i in range(4)], 1)
     assert camera.frames == [position + 4, 7] and camera.frames_seen == position + 4
     with torch.no_grad():
@@ -220,9 +229,25 @@ def test_no_stream_is_too_long(model, position):
         folded.frame.remainder_(8_190)
         assert (model.step(x, folded)[0] - whole)[0].abs().max() > 100 * TOLERANCE, "the position is not read"
     torch.testing.assert_close(streamed, whole, rtol=0, atol=TOLERANCE)
+    by_hand = [f(position / 10_000 ** (2 * i / 16)) for i in range(8) for f in (math.sin, math.cos)]
+    assert temporal_positions(torch.tensor([position]), 16)[0].tolist() == pytest.approx(by_hand, rel=0, abs=1e-6)
 
 
 # ---- what is carried
+
+
+def test_a_stream_that_was_reset_or_restored_can_be_idle_at_once(model):
+    """What a stream goes back to is where it was put, not where it had been."""
+    camera = FrameStream(model, 2)
+    for i in range(3):
+        camera(batch(i, 100 + i))
+    kept = camera.snapshot()
+    camera.reset(0)
+    camera([None, picture(103)])
+    assert camera.frames == [0, 4] and not any(part.any() for part in row(camera.snapshot(), 0))
+    camera.restore(kept)
+    camera([None, None])
+    assert camera.frames == [3, 3] and all(same(row(kept, i), row(camera.snapshot(), i)) for i in range(2))
 
 
 CONTINUE = """
@@ -231,7 +256,7 @@ from endomamba.stream import FrameStream
 from tests.test_frame_stream import batch, long_memory
 camera = FrameStream(long_memory(), 2)
 camera.load(sys.argv[1])
-torch.save(torch.stack([camera(batch(i, 100 + i)) for i in range(5, 12)]), sys.argv[2])
+torch.save(torch.stack([camera(batch(i, 100 + i)) for i in range(5, 12)]).cpu(), sys.argv[2])
 camera.save(sys.argv[1])
 """
 
@@ -248,7 +273,7 @@ def test_saved_and_loaded_in_a_new_process_is_never_having_stopped(model, tmp_pa
     root = Path(__file__).parent.parent
     command = [sys.executable, "-c", CONTINUE, str(saved), str(answers)]
     subprocess.run(command, check=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, timeout=120)
-    assert torch.equal(torch.load(answers), expected)
+    assert torch.equal(torch.load(answers), expected.cpu())
     end = camera.snapshot()
     camera.load(saved)
     assert all(same(row(end, i), row(camera.snapshot(), i)) for i in range(2))
@@ -287,7 +312,7 @@ def test_frames_of_any_size_are_resized_as_in_training(model, shape):
     expected = torch.cat([outside(preprocess(frame, SIZE)) for frame in frames])
     torch.testing.assert_close(inside, expected, rtol=0, atol=TOLERANCE)
     with torch.inference_mode():
-        read = camera._normalised(camera._input(shape, True))[0, :, 0]
+        read = camera._normalised(camera._input(shape, True))[0, :, 0].cpu()
     plain = torch.nn.functional.interpolate(
         frames[-1].permute(2, 0, 1)[None].double() / 255, (SIZE, SIZE), mode="bilinear", antialias=True
     )[0]
@@ -316,7 +341,7 @@ def test_a_model_of_any_size_reads_frames_as_they_are():
     model = long_memory(dynamic_img_size=True)
     camera = FrameStream(model)
     streamed = torch.cat([camera(picture(i, 24, 32)) for i in range(4)])
-    clip = torch.stack([preprocess(picture(i, 24, 32), None) for i in range(4)], 1).unsqueeze(0)
+    clip = torch.stack([preprocess(picture(i, 24, 32), None) for i in range(4)], 1).unsqueeze(0).to(DEVICE)
     with torch.no_grad():
         torch.testing.assert_close(streamed, model(clip)[0], rtol=0, atol=TOLERANCE)
 
@@ -341,7 +366,7 @@ def test_a_replay_finds_all_that_a_call_depends_on_in_buffers(model):
     """Frames, idle streams and gaps reach a captured frame through memory alone."""
     eager = FrameStream(model, 2, sizes=[(20, 30)], positions="elapsed")
     graphed = Replays(model, 2, sizes=[(20, 30)], positions="elapsed")
-    x = preprocess(batch(7, 8), SIZE)
+    x = normalised(7, 8)
     calls = [(batch(0, 1), 1), ([None, picture(2)], [0, 3]), ([picture(3, 20, 30), picture(4, 20, 30)], 2)]
     calls += [(x * NAN, 1), (x, [4, 2]), (batch(0, 1), 1)]
     for frames, elapsed in calls:
@@ -367,9 +392,9 @@ def test_a_frame_asks_the_host_for_nothing():
 
 def test_what_a_frame_costs_beside_the_model(model):
     """On a GPU a copy, two kernels that normalise, and frame_settle, which is two."""
-    camera, frame = FrameStream(model), picture(0)
+    camera, frame = FrameStream(model, graph=False), picture(0).to(DEVICE)
     camera.warm_up()
-    x, state = preprocess(batch(0), SIZE).unsqueeze(2), model.init_state(1)
+    x, state = normalised(0).unsqueeze(2), model.init_state(1)
     with CountDispatched() as whole:
         camera.step(frame)
     with torch.inference_mode(), CountDispatched() as alone:
@@ -379,6 +404,7 @@ def test_what_a_frame_costs_beside_the_model(model):
     assert ours == {"aten.copy_.default": 1, "aten.addcmul.default": 1, "endomamba.frame_settle.default": 1}
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="there is one")
 def test_graphs_need_a_gpu(model):
     with pytest.raises(
         ValueError, match="graph=True needs a model with a state of fixed size on a GPU: the model is on"
@@ -401,9 +427,10 @@ def test_memory_does_not_grow():
         gc.collect()
 
     read(300)
-    resident = resident_bytes()
+    resident, on_device = resident_bytes(), torch.cuda.memory_reserved()
     read(2_000)
     resident = resident_bytes() - resident
+    assert torch.cuda.memory_reserved() == on_device, "0 without a GPU"
     assert resident < 4 << 20, f"{resident / 2000:.0f} bytes a frame"
     tracemalloc.start()
     try:
@@ -418,6 +445,32 @@ def test_memory_does_not_grow():
 def resident_bytes() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+def test_a_replay_is_the_eager_frame_to_the_bit_and_never_waits(model):
+    eager = FrameStream(model, 2, sizes=[(40, 56)], graph=False, positions="elapsed")
+    graphed = FrameStream(model, 2, sizes=[(40, 56)], positions="elapsed")
+    assert graphed.graph and not eager.graph
+    large = torch.stack([picture(i, 40, 56) for i in (5, 6)])
+    strided = picture(7, 80, 56)[::2]
+    calls = [(batch(0, 1).cuda(), 1), (large, 2), (large.pin_memory(), 1), ([None, strided], [0, 3]), (batch(8, 9), 1)]
+    calls += [(normalised(3, 4) * NAN, 1), (normalised(3, 4), 1), ([None, None], [0, 0]), (large.cuda(), [2, 5])]
+    for camera in (eager, graphed):  # what is made at a first time is made here
+        for frames, elapsed in calls:
+            camera(frames, elapsed)
+        camera.reset()
+    held = torch.cuda.memory_allocated()
+    for frames, elapsed in calls:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            answer = graphed.step(frames, elapsed)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.cuda.memory_allocated() == held
+        assert torch.equal(eager(frames, elapsed).nan_to_num(9), answer.nan_to_num(9))
+    for i in range(2):
+        assert same(row(eager.snapshot(), i), row(graphed.snapshot(), i))
 
 
 # ---- the models to compare with
