@@ -194,7 +194,7 @@ class FrameStream:
             graph = torch.cuda.CUDAGraph()
             # thread_local: a decoder or another stream may use the GPU meanwhile.  One pool: replays take turns, and
             # what a frame leaves behind lies outside of it.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
                 self._advance(self._normalised(entry))
             self._pool = graph.pool()
         self.restore(kept)

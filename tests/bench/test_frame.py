@@ -35,7 +35,7 @@ def test_rows_and_what_is_missing(few, tmp_path, capsys):
     assert rows["3 streams resident 32"]["streams"] == 3
     assert any(part["name"] == "endomamba.frame_settle.default" for part in rows["resident 32"]["budget"])
     why = {missing["case"]: missing["why"] for missing in result["missing"]}
-    assert why["ViT/16, compiled, graph"] == why["eager resident 32"] == "there is no GPU here"
+    assert why["ViT/16 bf16, compiled, graph"] == why["eager resident 32"] == "there is no GPU here"
     assert "pinned 64x48 to host" in why and "copies busy" in capsys.readouterr().out
 
     assert command([*QUICK, "--out", str(out), "--only", "3 streams"]) == 0
