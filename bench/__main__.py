@@ -15,6 +15,7 @@ COMMANDS = {
     "ab": "bench.ab",
     "profile": "bench.profile",
     "run": "bench.run",
+    "frame": "bench.frame",
     "report": "bench.report",
 }
 

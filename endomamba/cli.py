@@ -275,6 +275,19 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--backend", default="auto", choices=("auto", "triton", "cuda", "cpu", "reference"), help="of the ops"
     )
+    command.add_argument(
+        "--back-pressure",
+        choices=("drop-oldest", "block"),
+        help="where frames come faster than the model reads them: lose the oldest that waits, or let the source wait; "
+        "default: drop-oldest for a camera or a broadcast, else block",
+    )
+    command.add_argument(
+        "--positions",
+        default="processed",
+        choices=("processed", "elapsed"),
+        help="what the model's position in time counts: frames it read, or all that the source gave; default: "
+        "%(default)s",
+    )
     command.add_argument("--threads", type=_positive, metavar="N", help="CPU threads; default: torch's choice")
     command.add_argument(
         "--quiet", action="store_true", help="no header, no progress, no summary; errors are still shown"
@@ -306,6 +319,8 @@ def _stream(args: argparse.Namespace) -> int:
     from .sources import open_source
     from .stream import JsonLines, StreamSession, Verifier
 
+    if args.verify and args.positions != "processed":
+        raise UsageError("--verify reads the frames without gaps: it needs --positions processed")
     # Text goes to stderr where stdout carries the lines.
     text = io.StringIO() if args.quiet else sys.stderr if args.out == "-" else sys.stdout
     with _Signals() as signals, open_source(args.video) as reader:  # a bad file is refused before the model is built
@@ -322,6 +337,7 @@ def _stream(args: argparse.Namespace) -> int:
                 verifier=Verifier(model) if args.verify else None,
                 outputs=folder.outputs if folder is not None else (),
                 report=_say,
+                back_pressure=_back_pressure(args),
             )
             _header(text, args, reader, model, trained)
             signals.session = session
@@ -359,7 +375,14 @@ def _features(args: argparse.Namespace) -> int:
         camera = _camera(args, model, text)
         reader.show(model.config.img_size)
         features = Features()
-        session = StreamSession(camera, reader, lambda record: None, outputs=[features], report=_say)
+        session = StreamSession(
+            camera,
+            reader,
+            lambda record: None,
+            outputs=[features],
+            report=_say,
+            back_pressure=_back_pressure(args),
+        )
         _header(text, args, reader, model, True)
         signals.session = session
         folder.mkdir(parents=True, exist_ok=True)
@@ -389,9 +412,13 @@ def _camera(args: argparse.Namespace, model: nn.Module, text: Any) -> FrameStrea
     if args.threads:
         torch.set_num_threads(args.threads)
     model.to(_device(args.device, text))
-    camera = FrameStream(model, **NORMALISATIONS[args.normalise])
+    camera = FrameStream(model, positions=args.positions, **NORMALISATIONS[args.normalise])
     camera.warm_up()
     return camera
+
+
+def _back_pressure(args: argparse.Namespace) -> str | None:
+    return args.back_pressure and args.back_pressure.replace("-", " ")
 
 
 def _names(path: Path | None, classes: int, trained: bool) -> list[str]:

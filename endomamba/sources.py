@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -116,26 +117,120 @@ class SourceStalled(VideoError):
     """A live source went silent."""
 
 
+POLICIES = ("drop oldest", "block")
+
+
+class Ready(NamedTuple):
+    """What waited for a `FrameQueue`'s reader: a frame, or None, of each camera, and how many each gave since its last
+    one, this one included (0 where there is none)."""
+
+    frames: list[Any]
+    elapsed: list[int]
+
+
+class FrameQueue:
+    """Frames on their way from cameras to one reader, at most `depth` of each camera waiting.
+
+    policy, where a camera is faster than the reader: "drop oldest" loses the frame that waited longest, so answers stay
+    fresh; "block" lets `put` wait, so nothing is lost.
+    dropped: frames lost, by camera.  waits: how often `put` had to wait, by camera.
+
+    Cameras put from threads of their own; one reader takes, and gives what it got to a `FrameStream`:
+
+        while (ready := queue.take()) is not None:
+            logits = camera(ready.frames)
+    """
+
+    def __init__(self, cameras: int = 1, *, policy: str = "drop oldest", depth: int = 4) -> None:
+        if policy not in POLICIES:
+            raise ValueError(f"FrameQueue: policy must be one of {POLICIES}, got {policy!r}")
+        if cameras < 1 or depth < 1:
+            raise ValueError(f"FrameQueue: cameras and depth must be at least 1, got {cameras} and {depth}")
+        self.policy, self.depth = policy, depth
+        self.dropped, self.waits = [0] * cameras, [0] * cameras
+        self._waiting: list[deque[Any]] = [deque() for _ in range(cameras)]
+        self._lost = [0] * cameras  # since the last one taken
+        self._open = set(range(cameras))
+        self._changed = threading.Condition()
+
+    def put(self, frame: Any, camera: int = 0) -> None:
+        """Nothing happens once the camera's end, or the reader's, was told."""
+        waiting = self._waiting[camera]
+        with self._changed:
+            if len(waiting) == self.depth and camera in self._open:
+                if self.policy == "block":
+                    self.waits[camera] += 1
+                    self._changed.wait_for(lambda: len(waiting) < self.depth or camera not in self._open)
+                else:
+                    waiting.popleft()
+                    self.dropped[camera] += 1
+                    self._lost[camera] += 1
+            if camera in self._open:
+                waiting.append(frame)
+                self._changed.notify_all()
+
+    def take(self, seconds: float | None = None) -> Ready | None:
+        """The oldest frame of each camera, as soon as one has any; None at the end of all, or after `seconds`."""
+        with self._changed:
+            self._changed.wait_for(lambda: any(self._waiting) or not self._open, seconds)
+            if not any(self._waiting):
+                return None
+            frames = [waiting.popleft() if waiting else None for waiting in self._waiting]
+            elapsed = [0 if frame is None else 1 + lost for frame, lost in zip(frames, self._lost, strict=True)]
+            self._lost = [lost if frame is None else 0 for frame, lost in zip(frames, self._lost, strict=True)]
+            self._changed.notify_all()
+            return Ready(frames, elapsed)
+
+    def end(self, camera: int = 0) -> None:
+        """No more frames come from this camera; those that wait are still handed out."""
+        with self._changed:
+            self._open.discard(camera)
+            self._changed.notify_all()
+
+    @property
+    def ended(self) -> bool:
+        """No frame waits and none will come."""
+        with self._changed:
+            return not self._open and not any(self._waiting)
+
+    def close(self) -> None:
+        """The reader has gone: nothing waits any more, for anybody."""
+        with self._changed:
+            self._open.clear()
+            for waiting in self._waiting:
+                waiting.clear()
+            self._changed.notify_all()
+
+
 class ReadAhead:
     """Decodes in a thread of its own, at most `depth` frames ahead.  Iterate, then `close`.
 
-    An item is (frame, seconds it took to decode).  live: where the reader of this object is slow, the oldest waiting
-    frame is lost and counted in `dropped`; otherwise decoding waits.  What goes wrong in the thread is raised here,
-    after the frames before it.  `stop` ends the iteration from anywhere, a signal handler too.
+    An item is (frame, seconds it took to decode).  live: the source may go silent, which ends it after `patience`.
+    policy: of its `FrameQueue`, where the reader of this object is slow; None: "drop oldest" for a live source, else
+    "block".  What goes wrong in the thread is raised here, after the frames before it.  `stop` ends the iteration from
+    anywhere, a signal handler too.
     """
 
     def __init__(
-        self, frames: Iterable[Frame], depth: int = 4, *, live: bool = False, patience: float = PATIENCE
+        self,
+        frames: Iterable[Frame],
+        depth: int = 4,
+        policy: str | None = None,
+        *,
+        live: bool = False,
+        patience: float = PATIENCE,
     ) -> None:
-        self.frames, self.depth, self.live, self.patience = frames, depth, live, patience
-        self.dropped = 0
+        self.frames, self.live, self.patience = frames, live, patience
+        self.queue = FrameQueue(policy=policy or ("drop oldest" if live else "block"), depth=depth)
         self.stopped = False
-        self._waiting: deque[tuple[Frame, float]] = deque()
-        self._changed = threading.Condition()
-        self._ended, self._closed = False, False
+        self._closed = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="decoder", daemon=True)
         self._thread.start()
+
+    @property
+    def dropped(self) -> int:
+        return self.queue.dropped[0]
 
     def _work(self) -> None:
         try:
@@ -145,21 +240,10 @@ class ReadAhead:
                 frame = next(frames, None)
                 if frame is None:
                     break
-                self._put(frame, time.perf_counter() - begin)
+                self.queue.put((frame, time.perf_counter() - begin))
         except BaseException as error:
             self._error = error
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
-
-    def _put(self, frame: Frame, seconds: float) -> None:
-        with self._changed:
-            if self.live and len(self._waiting) == self.depth:
-                self._waiting.popleft()
-                self.dropped += 1
-            self._changed.wait_for(lambda: len(self._waiting) < self.depth or self._closed)
-            self._waiting.append((frame, seconds))
-            self._changed.notify_all()
+        self.queue.end()
 
     def __iter__(self) -> Iterator[tuple[Frame, float]]:
         while not self.stopped:
@@ -170,15 +254,12 @@ class ReadAhead:
 
     def _take(self) -> tuple[Frame, float] | None:
         limit = time.monotonic() + self.patience
-        with self._changed:
-            while not self._waiting and not self._ended and not self.stopped:
-                self._changed.wait(0.1)  # not for ever: a signal handler cannot take the lock to wake us
-                if self.live and time.monotonic() > limit:
-                    raise SourceStalled(f"no frame came for {self.patience:g} s")
-            if self._waiting and not self.stopped:
-                item = self._waiting.popleft()
-                self._changed.notify_all()
-                return item
+        while not self.stopped and not self.queue.ended:
+            ready = self.queue.take(0.1)  # not for ever: a signal handler cannot take the lock to wake us
+            if ready is not None:
+                return None if self.stopped else ready.frames[0]
+            if self.live and time.monotonic() > limit:
+                raise SourceStalled(f"no frame came for {self.patience:g} s")
         if self._error is not None and not self.stopped:
             raise self._error
         return None
@@ -189,8 +270,6 @@ class ReadAhead:
     def close(self, seconds: float = 5.0) -> bool:
         """Ends the thread; false where it hangs in its source, which then must not be closed under it."""
         self.stopped = self._closed = True
-        with self._changed:
-            self._waiting.clear()
-            self._changed.notify_all()
+        self.queue.close()
         self._thread.join(seconds)
         return not self._thread.is_alive()

@@ -24,109 +24,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .frame_stream import FrameStream
 from .models import StreamState
-from .sources import ReadAhead, SourceStalled
-from .video import IMAGENET_MEAN, IMAGENET_STD, Frame, VideoReader, normalisation, preprocess
+from .sources import FrameQueue, ReadAhead, SourceStalled
+from .video import Frame, VideoReader, preprocess
 
-
-class FrameStream:
-    """Runs `batch_size` streams through `model`, one frame of each a call.  Inference only; the state changes in place.
-
-    One object belongs to one thread.  The model is shared and never written to, so that two streams on it do not meet.
-    mean, std: of uint8 frames, in [0, 1]; floating-point frames are taken as normalised.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        batch_size: int = 1,
-        *,
-        mean: tuple[float, ...] = IMAGENET_MEAN,
-        std: tuple[float, ...] = IMAGENET_STD,
-    ) -> None:
-        if model.training:
-            raise ValueError(
-                "FrameStream: the model is in training mode, its DropPath is random: call model.eval() first"
-            )
-        self.model = model
-        self.batch_size = batch_size
-        self.frames_seen = 0
-        self._state = model.init_state(batch_size)
-        self._dtype = next(model.parameters()).dtype
-        self._scale, self._shift = (t.to(self._state.device) for t in normalisation(mean, std))
-        self.mean, self.std = mean, std
-        self._any_size = model.config.dynamic_img_size
-        self._input = self._buffer(*model.config.img_size)
-
-    def _buffer(self, height: int, width: int) -> Tensor:
-        shape = (self.batch_size, self.model.config.in_channels, 1, height, width)
-        return torch.empty(shape, dtype=self._dtype, device=self._state.device)
-
-    def __call__(self, frame: Tensor) -> Tensor:
-        """frame: (3, h, w), (h, w, 3), or with the streams in front (b, ...); uint8, or normalised floating point.
-
-        -> what `model.step` gives for it: logits (b, classes), or features (b, c) of a model without a head.
-        """
-        x = self._channels_first(frame)
-        with torch.inference_mode():
-            if x.shape[-2:] != self._input.shape[-2:]:
-                self._input = self._buffer(*x.shape[-2:])
-            target = self._input[:, :, 0]
-            target.copy_(x)
-            if x.dtype == torch.uint8:
-                target.mul_(self._scale).add_(self._shift)
-            logits = self.model.step_(self._input, self._state)[:, 0]
-        self.frames_seen += 1
-        return logits
-
-    def _channels_first(self, frame: Tensor) -> Tensor:
-        """-> (b, 3, h, w) of the size the model takes, or a ValueError that names what was expected."""
-        x = frame.unsqueeze(0) if frame.ndim == 3 else frame
-        height, width = self.model.config.img_size
-        channels, streams = self.model.config.in_channels, self.batch_size
-        if x.ndim == 4 and x.shape[1] != channels and x.shape[3] == channels:
-            x = x.permute(0, 3, 1, 2)
-        good_type = x.dtype == torch.uint8 or x.is_floating_point()
-        good_size = self._any_size or tuple(x.shape[2:]) == (height, width)
-        if x.ndim != 4 or x.shape[:2] != (streams, channels) or not good_size or not good_type:
-            lead = "" if streams == 1 else f"{streams}, "
-            size = "h, w" if self._any_size else f"{height}, {width}"
-            raise ValueError(
-                f"FrameStream: a frame must be uint8 or normalised floating point ({lead}{channels}, {size}) or "
-                f"({lead}{size}, {channels}), got {frame.dtype} {tuple(frame.shape)}; "
-                "endomamba.video.preprocess brings frames to a size"
-            )
-        return x
-
-    @property
-    def state_bytes(self) -> int:
-        """All that is carried from frame to frame, whatever the length of the video."""
-        return self._state.nbytes
-
-    def warm_up(self) -> None:
-        """Reads one black frame and forgets it: the first call of a process is far slower than the second."""
-        before = self.snapshot()
-        seen = self.frames_seen
-        self(torch.zeros_like(self._input[:, :, 0]))
-        self.restore(before)
-        self.frames_seen = seen
-
-    def reset(self) -> None:
-        """The next frame is the first of a video."""
-        self._state.reset_()
-        self.frames_seen = 0
-
-    def snapshot(self, into: StreamState | None = None) -> StreamState:
-        """A copy of the state, for `restore`, for `StreamState.save`, or for `model.step`; `into` an earlier one."""
-        return self._state.clone() if into is None else into.copy_(self._state)
-
-    def restore(self, state: StreamState) -> None:
-        """Goes on from `state`; ValueError in one sentence if it belongs to another model, batch, device or dtype."""
-        try:
-            self._state.copy_(state)
-        except ValueError as error:
-            raise ValueError(f"FrameStream.restore: {error}") from None
-        self.frames_seen = int(self._state.frame.max())
+__all__ = [
+    "CameraWatch",
+    "FrameQueue",
+    "FrameStream",
+    "JsonLines",
+    "Latency",
+    "NonFiniteOutput",
+    "StreamSession",
+    "Trace",
+    "Verifier",
+    "write_summary",
+    "write_whole",
+]
 
 
 class NonFiniteOutput(Exception):
@@ -355,6 +270,8 @@ class StreamSession:
 
     write: takes one record a frame, see `record`.  outputs: each is called with record, frame and the model's output
     (k,).  report: takes a sentence on what a person should know at once.  Memory does not grow with the video.
+    back_pressure: of a `FrameQueue`, where frames come faster than the model reads them; None: "drop oldest" for a live
+    source, else "block".
     """
 
     TOP = 10  # labels in a record
@@ -369,9 +286,12 @@ class StreamSession:
         verifier: Verifier | None = None,
         outputs: Sequence[Callable[[dict[str, Any], Frame, Tensor], None]] = (),
         report: Callable[[str], None] = lambda sentence: None,
+        back_pressure: str | None = None,
     ) -> None:
         if camera.batch_size != 1:
             raise ValueError(f"StreamSession: one video needs a FrameStream of batch_size 1, got {camera.batch_size}")
+        if verifier is not None and camera.positions != "processed":
+            raise ValueError("StreamSession: a Verifier reads frames without gaps: it needs positions='processed'")
         self.camera, self.reader, self.write, self.verifier = camera, reader, write, verifier
         self.outputs, self.report = outputs, report
         self.frames = self.not_finite = 0
@@ -381,16 +301,22 @@ class StreamSession:
         self.seconds = 0.0
         self.changes = Trace()
         self.watch = CameraWatch()
+        self.back_pressure = back_pressure or ("drop oldest" if reader.live else "block")
         self._before: Tensor | None = None
-        self._kept = camera.snapshot()
+        self._last = -1  # number of the frame before
         self._in_a_row = 0
         self._ahead: ReadAhead | None = None
         self._asked = ""
 
     @property
     def dropped(self) -> int:
-        """Frames of a live source that came while the model was busy."""
+        """Frames that came while the model was busy, and were lost."""
         return self._ahead.dropped if self._ahead is not None else 0
+
+    @property
+    def waits(self) -> int:
+        """Frames for which the source had to wait until the model had read an earlier one."""
+        return self._ahead.queue.waits[0] if self._ahead is not None else 0
 
     def stop(self, why: str) -> None:
         """Ends `run` after the frame it is at; a signal handler may call it."""
@@ -401,7 +327,7 @@ class StreamSession:
     def run(self, max_frames: int | None = None, on_frame: Callable[[dict[str, Any]], None] | None = None) -> None:
         """Streams to the end, to `max_frames`, to `stop`, or to an exception, passed on after `stopped` names it."""
         self.stopped = "at the end of the video"
-        self._ahead = ReadAhead(self.reader, live=self.reader.live)
+        self._ahead = ReadAhead(self.reader, policy=self.back_pressure, live=self.reader.live)
         begin = time.perf_counter()
         try:
             for frame, seconds in self._ahead:
@@ -428,17 +354,19 @@ class StreamSession:
             self.reader.abandoned = not self._ahead.close()
 
     def _read(self, frame: Frame, decoding: float) -> dict[str, Any]:
-        """One frame through the model and into the outputs.  A frame that the model cannot digest leaves no trace in
-        its state."""
+        """One frame through the model and into the outputs.  One that the model cannot digest leaves no trace in the
+        state: the camera did not take it in, and answers NaN."""
         camera = self.camera
-        camera.snapshot(self._kept)
+        camera.prepare(tuple(frame.rgb.shape[:2]))  # nothing, but for a source that changes its size
         t0 = time.perf_counter()
-        x = preprocess(frame.rgb, camera.model.config.img_size, mean=camera.mean, std=camera.std)
-        t1 = time.perf_counter()
-        output = camera(x)
+        if camera.positions == "elapsed":
+            output = camera(frame.rgb, frame.index - self._last)
+        else:
+            output = camera(frame.rgb)
+        self._last = frame.index
         values = output[0].float().cpu()  # waits for the device
         t2 = time.perf_counter()
-        spans = (decoding, t1 - t0, t2 - t1)
+        spans = (decoding, camera.preprocess_seconds, t2 - t0 - camera.preprocess_seconds)
         for latency, span in zip((self.decode, self.preprocess, self.model), spans, strict=True):
             latency.add(span)
         self.whole.add(sum(spans))
@@ -456,9 +384,10 @@ class StreamSession:
             self.frames += 1
             self._in_a_row = 0
             if self.verifier is not None:
+                rgb = frame.rgb.to(camera.device)
+                x = preprocess(rgb, camera.model.config.img_size, mean=camera.mean, std=camera.std)
                 self.verifier.add(x, output, camera)
         else:
-            camera.restore(self._kept)
             self._count_not_finite(frame)
         return record
 
@@ -481,7 +410,7 @@ class StreamSession:
         time: the frame's own timestamp in seconds.  labels, probabilities: best first, empty without a head.
         change: 1 - cosine of this output and the one before, null at the first frame.
         fault: "not finite" where the model could not digest the frame (values None), else null.
-        latency_ms: decode + preprocess + model, each beside it.
+        latency_ms: decode + preprocess + model, each beside it; on a GPU resize and normalisation are a part of model.
         """
         change, labels, probabilities = None, [], []
         if values is not None:
@@ -511,6 +440,9 @@ class StreamSession:
             "frames": self.frames,
             "decoded": self.frames + self.not_finite + self.dropped,
             "dropped": self.dropped,
+            "waits": self.waits,
+            "back_pressure": self.back_pressure,
+            "positions": self.camera.positions,
             "not_finite": self.not_finite,
             "lost_to_damage": damage.lost,
             "stopped": self.stopped,

@@ -651,14 +651,22 @@ def preprocess(
     """
     if frames.dtype != torch.uint8 or frames.ndim < 3 or frames.shape[-1] != 3:
         raise ValueError(f"preprocess: frames must be uint8 (..., h, w, 3), got {frames.dtype} {tuple(frames.shape)}")
+    if size is None:
+        size = frames.shape[-3:-1]
+    scale, shift = (t.to(frames.device) for t in normalisation(mean, std))
+    return to_input(frames, (size, size) if isinstance(size, int) else tuple(size), scale, shift)
+
+
+def to_input(frames: Tensor, size: tuple[int, ...], scale: Tensor, shift: Tensor) -> Tensor:
+    """`preprocess` without its checks: nothing here waits for a device, so a CUDA graph can hold it.
+
+    frames: uint8 (..., h, w, 3).  size: (height, width).  scale, shift: of `normalisation`, on the frames' device.
+    """
     x = frames.movedim(-1, -3).to(torch.float32)
-    if size is not None:
-        height, width = (size, size) if isinstance(size, int) else size
-        if x.shape[-2:] != (height, width):
-            flat = x.reshape(-1, *x.shape[-3:])
-            flat = F.interpolate(flat, (height, width), mode="bilinear", antialias=True, align_corners=False)
-            x = flat.reshape(*x.shape[:-2], height, width)
-    scale, shift = (t.to(x.device) for t in normalisation(mean, std))
+    if tuple(x.shape[-2:]) != tuple(size):
+        flat = x.reshape(-1, *x.shape[-3:])
+        flat = F.interpolate(flat, size, mode="bilinear", antialias=True, align_corners=False)
+        x = flat.reshape(*x.shape[:-2], *size)
     return torch.addcmul(shift, x, scale)
 
 

@@ -205,6 +205,7 @@ def test_verify_that_fails_is_4(short, tmp_path, capsys, monkeypatch):
         (["{short}", "--weights", "{weights}", "--model", "endomamba_small"], "does not fit this model"),
         (["{short}", "--weights", "{weights}", "--num-classes", "7"], "head for 4 classes"),
         (["{short}", "--backend", "cuda"], "backend 'cuda' cannot run"),
+        (["{short}", "--verify", "--positions", "elapsed"], "without gaps: it needs --positions processed"),
         (["{short}", "--out", "old.jsonl"], "exists already"),
         (["{short}", "--out", "text.mp4"], "is in the way"),
     ],

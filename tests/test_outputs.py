@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ Image = pytest.importorskip("PIL.Image")
 from safetensors.torch import load_file  # noqa: E402
 
 from endomamba import cli  # noqa: E402
-from endomamba.models import create_model  # noqa: E402
+from endomamba.models import EndoMamba, create_model  # noqa: E402
 from endomamba.outputs import COLOURS, FAULT, AnnotatedVideo, Timeline, keep_whole_fragments  # noqa: E402
 from endomamba.stream import FrameStream  # noqa: E402
 from endomamba.video import Frame, open_video  # noqa: E402
@@ -92,6 +93,30 @@ def test_a_folder_with_everything(clip, tmp_path, capsys):
     assert (tmp_path / "other" / "annotated.mp4").read_text() == "mine"
     assert stream(clip, "--out", tmp_path / "run", "--overwrite", "--no-video", "--max-frames", 3) == 0
     assert "annotated.mp4" not in capsys.readouterr().out.split("written")[-1]
+
+
+@pytest.mark.parametrize("policy", ["block", "drop-oldest"])
+def test_a_file_may_be_read_like_a_camera(policy, clip, tmp_path, capsys, monkeypatch):
+    """What the model is too slow for is lost and counted, and with --positions elapsed its time goes by."""
+    honest, positions = EndoMamba.step_, []
+
+    def slow(self, frames, state):
+        time.sleep(0.01)
+        positions.append(int(state.frame))
+        return honest(self, frames, state)
+
+    monkeypatch.setattr(EndoMamba, "step_", slow)
+    options = ("--back-pressure", policy, "--positions", "elapsed", "--no-video", "--quiet")
+    assert stream(clip, "--out", tmp_path / "run", *options) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert summary["back_pressure"] == policy.replace("-", " ") and summary["positions"] == "elapsed"
+    assert summary["decoded"] == 40 == len(lines) + summary["dropped"]
+    assert positions[1:] == [line["frame"] for line in lines], "after the frame that warms up"
+    if policy == "block":
+        assert summary["dropped"] == 0 and summary["waits"] > 10
+    else:
+        assert summary["dropped"] > 10 and summary["waits"] == 0
 
 
 def test_names_must_be_as_many_as_classes(clip, tmp_path, capsys):
@@ -173,8 +198,6 @@ def test_a_full_disk_leaves_whole_files(room, long, tmp_path, capsys):
 
 def test_a_live_source_that_hangs_ends_the_run(clip, tmp_path, capsys, monkeypatch):
     """Its thread stays in the source: that is left open, and the run ends all the same."""
-    import time
-
     from endomamba import sources
 
     class Hangs(sources.LiveReader):
@@ -210,13 +233,13 @@ def test_a_source_that_goes_away_leaves_whole_files(long, tmp_path, capsys):
 
 
 def test_a_frame_that_is_not_finite_is_counted_and_shown(clip, tmp_path, capsys, monkeypatch):
-    honest = FrameStream.__call__
+    honest = EndoMamba.step_
 
-    def sometimes(self, frame):
-        output = honest(self, frame)
-        return output * float("nan") if self.frames_seen == 11 else output
+    def sometimes(self, frames, state):
+        output = honest(self, frames, state)
+        return output * float("nan") if int(state.frame) == 11 else output
 
-    monkeypatch.setattr(FrameStream, "__call__", sometimes)
+    monkeypatch.setattr(EndoMamba, "step_", sometimes)
     assert stream(clip, "--out", tmp_path / "run", "--max-frames", 20) == 3
     out, err = capsys.readouterr()
     assert "at frame 10 is not finite; the stream goes on" in err and "at 10 of 20 frames" in err
@@ -297,8 +320,8 @@ def frame(i, height=48, width=64):
 def test_the_annotation_shows_label_confidence_and_keeps_irregular_times(tmp_path):
     times = [0.1, 0.14, 0.5, 0.5, 0.51, 2.0]
     video = AnnotatedVideo(tmp_path / "a.mp4", ["none", "polyp"], 25.0)
-    for i, time in enumerate(times):
-        video(record(i, label=i % 2, time=time), frame(i), None)
+    for i, when in enumerate(times):
+        video(record(i, label=i % 2, time=when), frame(i), None)
     video.close()
     with open_video(tmp_path / "a.mp4") as reader:
         frames = list(reader)

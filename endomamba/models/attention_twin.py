@@ -34,7 +34,7 @@ from .attention import Mlp, SelfAttention, windowed_attention
 from .config import EndoMambaConfig, check_int
 from .endomamba import EndoMamba
 from .layers import DropPath, RMSNorm
-from .state import CarriedState
+from .state import CarriedState, Rows
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,10 @@ class CacheState(CarriedState):
             self.start, self.stop = 0, held
         return self
 
-    def reset_(self) -> CacheState:
+    def reset_(self, rows: Rows | None = None) -> CacheState:
         """Every stream starts anew; the room stays."""
+        if rows is not None:
+            raise NotImplementedError("CacheState.reset_: its streams are all at the same frame: reset all, rows=None")
         self.start = self.stop = 0
         self.frame.zero_()
         return self

@@ -15,7 +15,7 @@ Letters: b clips or streams, t frames, n patches of a frame, c channels, k class
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from ._registry import register_model
 from .attention import Mlp, SelfAttention
 from .config import check_frame, check_int
 from .layers import DropPath, PatchEmbed, check_video
-from .state import CarriedState
+from .state import CarriedState, Rows
 
 NORM_EPS = 1e-6
 
@@ -84,16 +84,18 @@ class WindowState(CarriedState):
     """
 
     TENSORS = ("window", "frame")
+    ROWS: ClassVar = {"window": 0, "frame": 0}
 
     window: Tensor
     frame: Tensor
     model: str
 
     @torch.no_grad()
-    def reset_(self) -> WindowState:
-        """Every stream starts anew."""
-        self.window.zero_()
-        self.frame.zero_()
+    def reset_(self, rows: Rows | None = None) -> WindowState:
+        """The streams `rows` (None: all) start anew."""
+        index = self._index(rows)
+        self.window.index_fill_(0, index, 0)
+        self.frame.index_fill_(0, index, 0)
         return self
 
 

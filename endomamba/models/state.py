@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils import _pytree
 
+from ..ops import frame_settle
+
 FORMAT = "endomamba.StreamState"
 
 Rows = int | Sequence[int] | Tensor
@@ -26,9 +28,12 @@ class CarriedState:
     """What the state of every model has; a subclass is a dataclass whose tensors are named in TENSORS.
 
     `model` is the fingerprint of the config it belongs to; another model refuses it.
+    ROWS: tensor -> its dimension of streams, where a state keeps each stream apart and its shapes never change; else
+    None, and `settle_` and `reset_` of single streams are not for it.
     """
 
     TENSORS: ClassVar[tuple[str, ...]]
+    ROWS: ClassVar[dict[str, int] | None] = None
     frame: Tensor  # (b,) int64, frames seen so far
     model: str
 
@@ -64,6 +69,34 @@ class CarriedState:
             getattr(self, name).copy_(getattr(other, name))
         return self
 
+    def settle_(
+        self: State,
+        before: State,
+        logits: Tensor,
+        active: Tensor,
+        answer: Tensor,
+        not_finite: Tensor,
+        *,
+        elapsed: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        """After a step tried on this state: `frame_settle` with its streams and those of `before`, a copy from before
+        the step.  Both are equal afterwards."""
+        pairs = []
+        for name, dim in self._rows().items():
+            if name != "frame":
+                shape = getattr(self, name).shape
+                view = (shape[:dim].numel(), shape[dim], shape[dim + 1 :].numel())
+                pairs.append((getattr(self, name).view(view), getattr(before, name).view(view)))
+        frame_settle(
+            logits, active, (self.frame, before.frame), pairs, answer, not_finite, elapsed=elapsed, backend=backend
+        )
+
+    def _rows(self) -> dict[str, int]:
+        if self.ROWS is None:
+            raise NotImplementedError(f"{type(self).__name__} does not keep its streams apart")
+        return self.ROWS
+
     def check(self, model: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> None:
         """Refuses what does not belong to this model, batch, device and dtype, in one sentence."""
         if self.model != model:
@@ -83,6 +116,23 @@ class CarriedState:
             if tensor.dtype != expected:
                 raise ValueError(f"state.{name} must be {expected}, got {tensor.dtype}")
 
+    def _index(self, rows: Rows | None) -> Tensor:
+        """Row numbers as an int64 tensor on the state's device; numbers given on the host are checked."""
+        who = type(self).__name__
+        if rows is None:
+            return torch.arange(self.batch_size, device=self.device)
+        if isinstance(rows, Tensor):
+            if rows.dtype == torch.bool:
+                if rows.shape != (self.batch_size,):
+                    raise ValueError(f"{who}: a row mask must have shape ({self.batch_size},), got {tuple(rows.shape)}")
+                return rows.to(self.device).nonzero().flatten()
+            return rows.to(self.device, torch.int64).reshape(-1)
+        numbers = [rows] if isinstance(rows, int) else list(rows)
+        for row in numbers:
+            if not -self.batch_size <= row < self.batch_size:
+                raise ValueError(f"{who}: there is no row {row} among {self.batch_size} streams")
+        return torch.tensor([row % self.batch_size for row in numbers], dtype=torch.int64, device=self.device)
+
     def _map(self: State, function: Callable[[Tensor], Tensor]) -> State:
         changes: dict[str, Any] = {name: function(getattr(self, name)) for name in self.TENSORS}
         return replace(self, **changes)  # type: ignore[type-var]  # every subclass is a dataclass
@@ -97,6 +147,7 @@ class StreamState(CarriedState):
     """
 
     TENSORS = ("conv", "ssm", "frame")
+    ROWS: ClassVar = {"conv": 1, "ssm": 1, "frame": 0}
 
     conv: Tensor
     ssm: Tensor
@@ -169,24 +220,6 @@ class StreamState(CarriedState):
 
     def _with(self, conv: Tensor, ssm: Tensor, frame: Tensor) -> StreamState:
         return replace(self, conv=conv, ssm=ssm, frame=frame)
-
-    def _index(self, rows: Rows | None) -> Tensor:
-        """Row numbers as an int64 tensor on the state's device; numbers given on the host are checked."""
-        if rows is None:
-            return torch.arange(self.batch_size, device=self.device)
-        if isinstance(rows, Tensor):
-            if rows.dtype == torch.bool:
-                if rows.shape != (self.batch_size,):
-                    raise ValueError(
-                        f"StreamState: a row mask must have shape ({self.batch_size},), got {tuple(rows.shape)}"
-                    )
-                return rows.to(self.device).nonzero().flatten()
-            return rows.to(self.device, torch.int64).reshape(-1)
-        numbers = [rows] if isinstance(rows, int) else list(rows)
-        for row in numbers:
-            if not -self.batch_size <= row < self.batch_size:
-                raise ValueError(f"StreamState: there is no row {row} among {self.batch_size} streams")
-        return torch.tensor([row % self.batch_size for row in numbers], dtype=torch.int64, device=self.device)
 
 
 # torch.compile and torch.export take a state as an argument and return one.

@@ -1,4 +1,4 @@
-"""endomamba::frame_step: the only op that mutates; no backward on purpose."""
+"""endomamba::frame_step: it mutates; no backward on purpose."""
 
 from functools import partial
 

@@ -1,0 +1,396 @@
+"""FrameStream, frame by frame: from a picture on the device or the host to its answer, with the tail of the latency.
+
+    python -m bench frame --device cuda --frames 2000                         # bench/results/gpu_frame.json
+    python -m bench frame --device cuda --frames 20000 --only resident,busy   # the tail
+    python -m bench frame --quick                                             # this CPU, seconds; writes nothing
+
+A frame's time is the host's, from before the call until the device has finished it; the device's own, by events, is
+taken from other frames, so that neither clock is in the other.  Cases take turns of so many frames, after some that are
+not counted.  Accuracy comes first, against the fp64 parallel pass.  Kernels are counted, and timed for the budget, in a
+profile of one frame.  What is not there is listed with its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import gc
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+
+from bench import cases
+from bench.run import HERE, Wrong, about, opened, save
+
+UNCOUNTED = 5  # frames at the start of a turn: the others' turns cost it its caches
+HD = (1080, 1920)
+BUSY_BYTES = 64 << 20  # of the copies beside
+BY_EVENTS = 2000  # frames of a case that events time, about
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", choices=cases.WIDTH, default="small")
+    parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", choices=cases.TOLERANCE, help="default: bf16 on a GPU, else fp32")
+    parser.add_argument("--backend", default="auto", help="of the ops (default auto)")
+    parser.add_argument("--frames", type=int, default=2000, help="of each case, by each clock (default 2000)")
+    parser.add_argument("--turn", type=int, default=200, help="frames of a case before the next has its turn")
+    parser.add_argument("--streams", type=int, default=16, help="in the case with many (default 16)")
+    parser.add_argument("--only", default="", metavar="WORD,WORD", help="cases whose name has one of these words")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="frames of 32 pixels, 4 layers, 6 frames")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default bench/results/DEVICE_frame.json")
+    parser.add_argument("--fresh", action="store_true", help="begin anew instead of adding to the file")
+
+
+def main(args: argparse.Namespace) -> int:
+    try:
+        run(args)
+    except Wrong as error:
+        print(f"frame: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+
+    gpu = args.device.startswith("cuda")
+    if gpu and not torch.cuda.is_available():
+        raise Wrong(f"--device {args.device}: there is no GPU here")
+    if args.device == "cuda":
+        args.device = f"cuda:{torch.cuda.current_device()}"
+    torch.set_num_threads(args.threads)
+    args.dtype = args.dtype or ("bf16" if gpu else "fp32")
+    if args.quick:
+        args.frames, args.turn = 6, 6
+    out = args.out or (None if args.quick else HERE / "results" / f"{'gpu' if gpu else 'cpu'}_frame.json")
+    settings = {"threads": args.threads, "quick": args.quick}
+    result = opened(out, about(args.device) | settings, args.fresh)
+    setting = Setting(args, (32, 4) if args.quick else (224, None), (48, 64) if args.quick else HD)
+    device = Gpu(args.device) if gpu else Cpu()
+    wanted = [case for case in listed(setting) if any(word in case.name for word in args.only.split(","))]
+    if not wanted:
+        raise Wrong(f"--only {args.only}: no case has that in its name")
+    key = {"model": args.model, "dtype": args.dtype, "backend": args.backend}
+    names = {case.name for case in wanted}
+    for part in ("rows", "missing"):  # what is measured now takes the place of what was
+        result[part] = [row for row in result[part] if row["case"] not in names or key | row != row]
+    ready = []
+    for case in wanted:
+        why = case.why or made(case, setting)
+        if why:
+            result["missing"].append({"case": case.name, "why": why} | key)
+            print(f"{case.name:44} not measured: {why}", flush=True)
+        else:
+            ready.append(case)
+    measured(ready, device, args)
+    for case in ready:
+        row = {"case": case.name} | key | summary(case, device)
+        result["rows"].append(row)
+        print(line(row), flush=True)
+    save(out, result)
+    if out:
+        print(f"written to {out}")
+
+
+# ---- cases -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """make: -> the call, which starts a frame of every stream; error: of its answer, None where nothing tells.
+
+    busy: copies run beside it.  few: it is slow and gets a twentieth of the frames.
+    """
+
+    name: str
+    make: Callable[[], Callable[[], object]]
+    error: Callable[[], float] | None = None
+    why: str = ""
+    streams: int = 1
+    busy: bool = False
+    few: bool = False
+    call: Callable[[], object] = print
+    off: float = 0.0  # the error
+    host_ms: list[float] = field(default_factory=list)
+    device_ms: list[float] = field(default_factory=list)
+    grown: int = 0
+
+
+class Setting:
+    """The model, the same in fp64, and pictures; the model is made when the first case asks."""
+
+    def __init__(self, args: argparse.Namespace, frames: tuple[int, int | None], large: tuple[int, int]):
+        import torch
+
+        from bench.providers import Options
+
+        self.args, self.gpu, self.large = args, args.device.startswith("cuda"), large
+        self.options = Options(args.device, args.model, *frames)
+        self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
+        self._truths = {}
+
+    @cached_property
+    def model(self):
+        more = dict(dt_init="mamba", dt_min=1e-4, dt_max=1e-1, backend=self.args.backend)
+        made = self.options.create(f"endomamba_{self.args.model}", **more)
+        return made.eval().to(self.args.device, self.dtype)
+
+    @cached_property
+    def vit(self):
+        from bench.providers import Compiled, Graphed
+
+        return Graphed(partial(Compiled, self.options))
+
+    def picture(self, size: tuple[int, int], number: int = 0, pinned: bool = False):
+        import torch
+
+        generator = torch.Generator().manual_seed(number)
+        rgb = torch.randint(0, 256, (*size, 3), dtype=torch.uint8, generator=generator)
+        return rgb.pin_memory() if pinned and self.gpu else rgb
+
+    @property
+    def own(self) -> tuple[int, int]:
+        return (self.options.size, self.options.size)
+
+    def stream(self, streams: int = 1, size: tuple[int, int] | None = None, graph: bool | None = None):
+        from endomamba.stream import FrameStream
+
+        return FrameStream(self.model, streams, sizes=[size] if size else (), graph=graph)
+
+    def error(self, streams: int = 1, size: tuple[int, int] | None = None, graph: bool | None = None) -> float:
+        """Of the third of three frames, read one by one: relative, in norm, by the fp64 parallel pass."""
+        from bench.worker import relative_error
+
+        camera, size = self.stream(streams, size, graph), size or self.own
+        for number in range(3):
+            got = camera([self.picture(size, number)] * streams)
+        if size not in self._truths:
+            self._truths[size] = self.truth(size)
+        return max(relative_error(row.unsqueeze(0), [self._truths[size]]) for row in got)
+
+    def truth(self, size: tuple[int, int]):
+        """(1, k) in fp64, on the CPU."""
+        import torch
+
+        from endomamba.video import preprocess
+
+        wide = copy.deepcopy(self.model).double()
+        for module in wide.modules():
+            if hasattr(module, "backend"):
+                module.backend = "reference"
+        clip = torch.stack([preprocess(self.picture(size, number), self.options.size) for number in range(3)], 1)
+        with torch.inference_mode():
+            return wide(clip.unsqueeze(0).double().to(self.args.device))[:, -1].cpu()
+
+
+def listed(setting: Setting) -> list[Case]:
+    own, large, many = setting.own, setting.large, setting.args.streams
+    shown = f"{large[1]}x{large[0]}"
+    no_gpu = "" if setting.gpu else "there is no GPU here"
+    no_vit = "" if setting.args.dtype == "bf16" else "it is timed in bf16"
+
+    def ours(name: str, make: Callable, why: str = "", busy: bool = False, few: bool = False, **options) -> Case:
+        streams = options.get("streams", 1)
+        return Case(name, partial(make, setting, **options), partial(setting.error, **options), why, streams, busy, few)
+
+    return [
+        ours(f"resident {own[0]}", resident_call),
+        ours(f"resident {own[0]}, copies busy", resident_call, no_gpu, busy=True),
+        ours(f"resident {shown}", resident_call, size=large),
+        ours(f"pinned {shown} to host", host_call, no_gpu, size=large),
+        ours(f"pinned {shown} to host, copies busy", host_call, no_gpu, busy=True, size=large),
+        ours(f"pageable {shown} to host", partial(host_call, pinned=False), size=large),
+        ours(f"pinned {own[0]} to host", host_call, no_gpu),
+        ours(f"{many} streams resident {own[0]}", resident_call, streams=many),
+        ours(f"eager resident {own[0]}", resident_call, no_gpu, few=True, graph=False),
+        Case("ViT/16 bf16, compiled, graph", partial(vit_call, setting), lambda: setting.vit.error(), no_gpu or no_vit),
+    ]
+
+
+def resident_call(setting: Setting, streams: int = 1, size=None, graph: bool | None = None) -> Callable[[], object]:
+    """uint8 pictures on the device -> answers there."""
+    import torch
+
+    camera = setting.stream(streams, size, graph)
+    frames = torch.stack([setting.picture(size or setting.own, number) for number in range(streams)])
+    return partial(camera.step, frames.to(setting.args.device))
+
+
+def host_call(setting: Setting, size=None, pinned: bool = True) -> Callable[[], object]:
+    """A uint8 picture on the host -> its answer on the host."""
+    camera = setting.stream(size=size)
+    rgb = setting.picture(size or setting.own, pinned=pinned)
+    answer = camera(rgb).cpu()
+    answer = answer.pin_memory() if setting.gpu else answer
+    return lambda: answer.copy_(camera.step(rgb), non_blocking=True)
+
+
+def vit_call(setting: Setting) -> Callable[[], object]:
+    """The image model without a memory, from a normalised frame on the device: preprocessing costs it nothing."""
+    import torch
+
+    with torch.inference_mode():
+        return setting.vit.prepare(1).call
+
+
+def made(case: Case, setting: Setting) -> str:
+    """Makes the case ready -> why it gets no time."""
+    if case.error is not None:
+        case.off, tolerance = case.error(), cases.TOLERANCE[setting.args.dtype]
+        if not case.off <= tolerance:  # NaN is not
+            return f"relative error {case.off:.1e}, allowed is {tolerance:.0e}: no time for a wrong result"
+    case.call = case.make()
+    return ""
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------------
+
+
+class Cpu:
+    """The host's time is all the time there is."""
+
+    has_clock = False
+
+    def wait(self) -> None:
+        pass
+
+    def clocked(self, call: Callable) -> float:
+        raise NotImplementedError
+
+    def busy(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext(lambda: None)
+
+    def held(self) -> int:
+        with open("/proc/self/statm") as file:
+            return 4096 * int(file.read().split()[1])
+
+    def profile(self, call: Callable) -> list[tuple[str, float]]:
+        """Operators that reach the dispatcher."""
+        from bench.worker import CountDispatched
+
+        with CountDispatched() as counted:
+            call()
+        return [(name, 0.0) for name, count in counted.names.items() for _ in range(count)]
+
+
+class Gpu:
+    has_clock = True
+
+    def __init__(self, device: str):
+        import torch
+
+        torch.cuda.set_device(device)
+        self.torch = torch
+        self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def wait(self) -> None:
+        self.torch.cuda.current_stream().synchronize()
+
+    def clocked(self, call: Callable) -> float:
+        """Milliseconds between events around it."""
+        self.begin.record()
+        call()
+        self.end.record()
+        self.end.synchronize()
+        return self.begin.elapsed_time(self.end)
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[Callable[[], None]]:
+        """-> a function, called before each frame: it keeps copies to the device under way on a stream of their own."""
+        torch = self.torch
+        host = torch.empty(BUSY_BYTES, dtype=torch.uint8, pin_memory=True)
+        device = torch.empty(BUSY_BYTES, dtype=torch.uint8, device="cuda")
+        stream, copied = torch.cuda.Stream(), torch.cuda.Event()
+
+        def keep() -> None:
+            if copied.query():
+                with torch.cuda.stream(stream):
+                    device.copy_(host, non_blocking=True)
+                    device.copy_(host, non_blocking=True)
+                    copied.record()
+
+        yield keep
+        stream.synchronize()
+
+    def held(self) -> int:
+        return self.torch.cuda.memory_reserved()
+
+    def profile(self, call: Callable) -> list[tuple[str, float]]:
+        """Kernels and copies of one call and their microseconds, those of a replayed graph too."""
+        torch = self.torch
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        gpu = torch.autograd.DeviceType.CUDA
+        return [(event.name, event.time_range.elapsed_us()) for event in profile.events() if event.device_type == gpu]
+
+
+def measured(ready: list[Case], device: Cpu | Gpu, args: argparse.Namespace) -> None:
+    """Fills in the cases' times; a turn of each before any has its next."""
+    gc.collect()
+    gc.disable()  # a full collection walks all of torch and would be counted as a frame's
+    for start in range(0, args.frames, args.turn):
+        for case in ready:
+            frames = min(args.turn, args.frames - start)
+            with device.busy() if case.busy else contextlib.nullcontext(lambda: None) as keep:
+                turn(case, device, keep, max(1, frames // 20) if case.few else frames)
+    gc.enable()
+
+
+def turn(case: Case, device: Cpu | Gpu, keep: Callable[[], None], frames: int) -> None:
+    for _ in range(UNCOUNTED):
+        case.call()
+    device.wait()
+    held = device.held()
+    for _ in range(frames):
+        keep()
+        start = time.perf_counter()
+        case.call()
+        device.wait()
+        case.host_ms.append(1e3 * (time.perf_counter() - start))
+    case.grown += device.held() - held
+    for _ in range(frames if device.has_clock and len(case.device_ms) < BY_EVENTS else 0):
+        keep()
+        case.device_ms.append(device.clocked(case.call))
+
+
+def summary(case: Case, device: Cpu | Gpu) -> dict:
+    profile = device.profile(case.call)
+    copies = [name for name, _ in profile if name.startswith(("Memcpy", "Memset"))]
+    times: dict[str, list[float]] = {}
+    for name, us in profile:
+        times.setdefault(name, []).append(us)
+    return {
+        "host": tail(case.host_ms), "device": tail(case.device_ms), "streams": case.streams,
+        "frames_per_second": round(1e3 * case.streams / tail(case.host_ms)["median"], 1),
+        "error": case.off, "launches": len(profile) - len(copies), "copies": len(copies), "bytes_grown": case.grown,
+        "budget": [{"name": name[:100], "count": len(us), "us": round(sum(us), 2)} for name, us in times.items()],
+    }  # fmt: skip
+
+
+def tail(times: list[float]) -> dict[str, float] | None:
+    """Milliseconds; None where there are none."""
+    import numpy as np
+
+    if not times:
+        return None
+    middle, p99, p999 = (float(value) for value in np.quantile(times, (0.5, 0.99, 0.999)))
+    values = {"median": middle, "p99": p99, "p99.9": p999, "max": max(times), "p99/p50": p99 / middle}
+    return {name: round(value, 5) for name, value in values.items()} | {"frames": len(times)}
+
+
+def line(row: dict) -> str:
+    host, device = row["host"], row["device"]
+    beside = f", device {device['median']:.3f}" if device else ""
+    return (
+        f"{row['case']:44} {host['median']:8.3f} ms (p99 {host['p99']:.3f}, p99.9 {host['p99.9']:.3f}, max "
+        f"{host['max']:.3f}{beside}) {row['frames_per_second']:,.0f} frames/s, {row['launches']} launches, "
+        f"{row['copies']} copies, {row['bytes_grown']} bytes grown, error {row['error']:.1e}"
+    )

@@ -1,0 +1,3 @@
+from .api import frame_settle
+
+__all__ = ["frame_settle"]
