@@ -513,6 +513,7 @@ class StreamSession:
             "dropped": self.dropped,
             "not_finite": self.not_finite,
             "lost_to_damage": damage.lost,
+            "missing_by_times": self.reader.gaps.lost,
             "stopped": self.stopped,
             "damage": str(damage) or None,
             "events": self.watch.events,
