@@ -281,7 +281,7 @@ def _stream(args: argparse.Namespace) -> int:
                 camera,
                 reader,
                 lines.write,
-                verifier=Verifier(model) if args.verify else None,
+                verifier=Verifier(camera.model) if args.verify else None,
                 outputs=folder.outputs if folder is not None else (),
                 report=_say,
             )
@@ -346,12 +346,13 @@ def _features(args: argparse.Namespace) -> int:
 def _camera(args: argparse.Namespace, model: nn.Module, text: Any) -> FrameStream:
     import torch
 
+    from .models import packed
     from .stream import FrameStream
     from .video import NORMALISATIONS
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    model.to(_device(args.device, text))
+    model = packed(model.to(_device(args.device, text)))
     camera = FrameStream(model, **NORMALISATIONS[args.normalise])
     camera.warm_up()
     return camera
@@ -455,8 +456,8 @@ def _verdict(reader: VideoReader, session: StreamSession, signals: _Signals) -> 
     elif not session.frames and signals.caught is None:
         where = "" if reader.start is None and reader.stop is None else " between --start and --stop"
         raise UsageError(f"{reader.path} holds no frame{where}")
-    if reader.gaps and not reader.damage:
-        _say(f"{reader.path}: {reader.gaps}")
+    for notice in reader.notices:
+        _say(f"{reader.path}: {notice}")
     if session.verifier is not None and not session.verifier.passed:
         _say("verify failed: streamed and parallel outputs differ")
         code = VERIFY_FAILED

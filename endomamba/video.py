@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .containers import fault_in
 from .preprocess import (  # noqa: F401  who reads videos finds here what they need
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -212,6 +213,7 @@ class VideoReader:
     def _start(self, size: tuple[int, int] | None) -> None:
         self.damage = Damage()
         self.gaps = Gaps(None)
+        self.hidden = 0  # frames that the file has and by its edit list does not show
         self.done = False
         self.start: Place = None
         self.stop: Place = None
@@ -311,6 +313,16 @@ class VideoReader:
             if not found and not self.damage:
                 raise VideoError(f"{self.path} ends before {_place_words(self.start)}, after {index} frames")
         self.done = True
+
+    @property
+    def notices(self) -> list[str]:
+        """In words, what may be a loss and may be meant: only who made the file can tell.  Empty where it is damaged:
+        then that is the reason.
+        """
+        if self.damage:
+            return []
+        hidden = f"its edit list hides {self.hidden} of the frames it holds" if self.hidden else ""
+        return [words for words in (hidden, str(self.gaps)) if words]
 
     # -- from a place in the middle
 
@@ -442,7 +454,9 @@ class VideoReader:
             expected = 0
         if self._given < expected:
             self.damage.add(f"the decoder gave {self._given} frames for {expected} packets", expected - self._given)
-        if self._is_file and (why := _broken_off(self.path, self._container.format.name)):
+        if first is None and "mov" in self._container.format.name:
+            self.hidden = max(0, self._stream.frames - self._given)
+        if self._is_file and (why := fault_in(self.path, self._container.format.name)):
             self.damage.add(why)
 
     def _demux(self, av: Any, clock: _Clock) -> Iterator[Any]:
@@ -670,59 +684,6 @@ class Gaps:
 
 _A_FRAME_A_PACKET = ("h264", "hevc", "vp9", "av1", "mjpeg")
 _NOTHING = 19  # bytes: MPEG-4 has packets that stand for nothing, at most so large (FFmpeg's MAX_NVOP_SIZE)
-
-
-def _broken_off(path: str | os.PathLike, container: str) -> str:
-    """Why this file is not as long or not as whole as its container demands, where FFmpeg is silent about it."""
-    path = Path(path)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(_LOOK)
-        file.seek(max(0, size - _LOOK))
-        tail = file.read()
-    if "matroska" in container:
-        place = head.find(b"\x18\x53\x80\x67") + 4  # the segment, which holds everything
-        first = head[place] if 4 <= place < len(head) else 0
-        width = 9 - first.bit_length()
-        length = int.from_bytes(head[place : place + width], "big") - (1 << 7 * width)
-        unknown = length == (1 << 7 * width) - 1  # a live recording
-        if first and not unknown and place + width + length > size:
-            return f"the file ends early: it declares {place + width + length} bytes and holds {size}"
-    if container == "mpegts":
-        for unit, offset in ((188, 0), (192, 4), (204, 0)):
-            marks = head[offset::unit]
-            if marks.count(b"G") < 0.5 * len(marks):
-                continue
-            begin = -(size - len(tail)) % unit + offset
-            if size % unit:
-                return "the file ends in the middle of a transport packet"
-            if len(marks) != marks.count(b"G") or set(tail[begin::unit]) != {71}:
-                return "transport packets at its start or its end are broken"
-            if not (_continuous(head[offset:], unit) and _continuous(tail[begin:], unit)):
-                return "transport packets at its start or its end are missing"
-            break
-    return ""
-
-
-def _continuous(data: bytes, unit: int) -> bool:
-    """Whether every programme of a transport stream counts its packets modulo 16 without a gap (ISO 13818-1, 2.4.3.3).
-
-    FFmpeg tells of a gap only with the next packet of the same programme, which may not come any more.
-    """
-    last: dict[int, int] = {}
-    for place in range(0, len(data) - 5, unit):
-        pid = int.from_bytes(data[place + 1 : place + 3], "big") & 0x1FFF
-        control, count = data[place + 3] >> 4 & 3, data[place + 3] & 15
-        restarts = control & 2 and data[place + 4] and data[place + 5] & 0x80  # an announced discontinuity
-        if pid == 0x1FFF or not control & 1:  # stuffing, or nothing of the programme in it
-            continue
-        if pid in last and not restarts and count not in (last[pid], (last[pid] + 1) % 16):
-            return False
-        last[pid] = count
-    return True
-
-
-_LOOK = 1 << 18  # bytes at either end
 
 
 class DicomReader(VideoReader):

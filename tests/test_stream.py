@@ -20,7 +20,7 @@ from endomamba.stream import (
     Trace,
     Verifier,
 )
-from endomamba.video import Damage, Frame, Gaps, VideoInfo, normalisation
+from endomamba.video import Damage, Frame, VideoInfo, normalisation
 
 SIZE = 32
 TINY = {"embed_dim": 32, "depth": 4, "img_size": SIZE, "num_classes": 5}
@@ -55,7 +55,7 @@ class Source:
 
     def __init__(self, frames: int, first: int = 0):
         self.frames, self.first = frames, first
-        self.damage, self.gaps = Damage(), Gaps(None)
+        self.damage, self.notices = Damage(), []
         self.info = VideoInfo("source", "none", "none", SIZE, SIZE, 25.0, frames)
 
     def __iter__(self):

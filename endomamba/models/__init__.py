@@ -17,6 +17,7 @@ from .config import EndoMambaConfig
 from .endofm import EndoFM, EndoFMConfig, WindowState
 from .endomamba import EndoMamba
 from .heads import ClassificationHead, PhaseHead
+from .packed import Packed, packed
 from .state import StreamState
 
 __all__ = [
@@ -30,11 +31,13 @@ __all__ = [
     "EndoMamba",
     "EndoMambaConfig",
     "LoadReport",
+    "Packed",
     "PhaseHead",
     "StreamState",
     "WindowState",
     "create_model",
     "list_models",
     "load_checkpoint",
+    "packed",
     "register_model",
 ]
