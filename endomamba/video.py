@@ -36,6 +36,7 @@ from .preprocess import (  # noqa: F401  who reads videos finds here what they n
     normalisation,
     preprocess,
     resize,
+    to_input,
 )
 
 # DICOM transfer syntaxes whose pixel data is a whole MPEG-2, H.264 or HEVC stream, as endoscopy recorders write it.

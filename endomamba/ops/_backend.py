@@ -86,9 +86,10 @@ def direct(op: Callable) -> Callable:
     In Python the dispatcher costs an op that mutates 40 us and the others 10 to 20: of a tiny model's frame on a CPU a
     twentieth.  A profile, a FLOP counter, torch.compile, torch.export and fake tensors see the op as before.
     """
+    if torch.compiler.is_compiling():  # first: Dynamo cannot trace what follows
+        return op
     watched = (
         not torch.is_inference_mode_enabled()
-        or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch.autograd._profiler_enabled()
