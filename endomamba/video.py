@@ -337,6 +337,7 @@ class VideoReader:
         table = self._packet_table() if self._is_file and self.info.codec in _A_FRAME_A_PACKET else None
         if table is None:
             return 0, self._decode()
+        table, hidden = [p for p in table if not p.is_hidden], sum(p.is_hidden for p in table)
         times = sorted(packet.pts for packet in table)
         base = self._stream.time_base
         index = self.start if isinstance(self.start, int) else _first_at(times, base, self.start)
@@ -346,7 +347,7 @@ class VideoReader:
         for back in (1, 2, 4, 8):
             if back > len(keys):
                 break
-            frames = self._seek(keys[-back], times[index], index)
+            frames = self._seek(keys[-back], times[index], index, hidden)
             if frames is not None:
                 return index, frames
         self._reopen()
@@ -359,24 +360,28 @@ class VideoReader:
         """
         av = import_av()
         table: list[_Packet] = []
-        late = 0
+        shown = late = 0
         try:
             with av.open(os.path.abspath(self.path), metadata_errors="replace") as container:
                 for packet in container.demux(container.streams[self._stream.index]):
-                    if packet.is_discard or not packet.size:  # hidden by an edit list; the end
-                        continue
+                    if not packet.size:  # the end
+                        break
                     if packet.pts is None or packet.is_corrupt:
                         return None
-                    table.append(_Packet(packet.pts, packet.dts, packet.is_keyframe))
-                    late += _reached(self.start, len(table) - 1, float(packet.pts * packet.time_base))
+                    table.append(_Packet(packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
+                    shown += not packet.is_discard
+                    late += _reached(self.start, shown - 1, float(packet.pts * packet.time_base))
                     if late > _REORDER:
                         break
         except (av.FFmpegError, OSError, IndexError):
             return None
         return table if len({packet.pts for packet in table}) == len(table) else None
 
-    def _seek(self, key: _Packet, first: int, index: int) -> Iterator[TimedFrame] | None:
-        """The frames from the one with timestamp `first` on, read from `key` on; None where it is not the first."""
+    def _seek(self, key: _Packet, first: int, index: int, hidden: int) -> Iterator[TimedFrame] | None:
+        """The frames from the one with timestamp `first` on, read from `key` on; None where it is not the first.
+
+        index: frames before it; hidden: packets before it that an edit list hides.
+        """
         av = import_av()
         self.damage = Damage()
         try:
@@ -384,7 +389,7 @@ class VideoReader:
         except (av.FFmpegError, OSError):
             return None
         self._given = index
-        frames = self._decode(first, index)
+        frames = self._decode(first, index, hidden)
         frame = next(frames, None)
         if frame is None or frame[1].pts != first or self.damage or self._interlaced:
             return None
@@ -398,22 +403,22 @@ class VideoReader:
 
     # -- packets to frames
 
-    def _decode(self, first: int | None = None, packets: int = 0) -> Iterator[TimedFrame]:
+    def _decode(self, first: int | None = None, shown: int = 0, hidden: int = 0) -> Iterator[TimedFrame]:
         """Packet by packet.  After a bad one: what the decoder still holds, then on from the next keyframe.
 
         Going straight on shows repeated and smeared pictures in the wrong order (seen with H.264: frame 88 handed out
         between 66 and 67), and a model with a memory would carry them along.
-        first: timestamp before which nothing counts, after a seek; packets: how many lie before it.
+        first: timestamp before which nothing counts, after a seek; shown, hidden: how many packets lie before it.
         """
         av = import_av()
         context = self._stream.codec_context
         clock = _Clock(self._stream.average_rate, self.damage, gaps=self.info.frames is None)
-        wait_for_key, skipped, hidden, small = first is not None, 0, 0, 0
+        wait_for_key, skipped, packets, small = first is not None, 0, shown + hidden, 0
         for packet in self._demux(av, clock):
             flush = packet.size == 0  # the end: the decoder gives what it still holds
             before = first is not None and packet.pts is not None and packet.pts < first
             packets += not flush and not before
-            hidden += packet.is_discard  # before the start of an edit list
+            hidden += packet.is_discard and not before  # by an edit list
             small += not flush and packet.size <= _NOTHING
             if flush and wait_for_key:
                 break
@@ -511,6 +516,7 @@ class _Packet:
     pts: int
     dts: int | None
     is_key: bool
+    is_hidden: bool  # by an edit list
 
 
 def _reached(place: Place, index: int, time: float | None, reader: VideoReader | None = None) -> bool:
