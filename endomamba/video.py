@@ -650,9 +650,10 @@ class _Clock:
 
 class Gaps:
     """Frames that a regular rhythm asks for and that did not come: lost to damage that left no other trace, or never
-    recorded, which nobody can tell apart.  False where there are none, or no rhythm.
+    recorded, which nobody can tell apart; and times that go back.  False where there is neither.
 
-    lost: how many.  first: the times in seconds between which the first of them would lie.
+    lost: how many are missing.  first: the times in seconds between which the first of them would lie.
+    back: the time of the first frame that is earlier than the one before.
     """
 
     def __init__(self, fps: float | None) -> None:
@@ -660,9 +661,12 @@ class Gaps:
         self.steps = self.regular = self.missing = 0
         self.first: tuple[float, float] | None = None
         self.before: float | None = None
+        self.back: float | None = None
 
     def add(self, time: float | None) -> None:
         before, self.before = self.before, time
+        if time is not None and before is not None and time < before and self.back is None:
+            self.back = time
         if time is None or before is None or self.period is None:
             return
         periods = (time - before) / self.period
@@ -677,10 +681,12 @@ class Gaps:
         return self.missing if self.steps >= 10 and self.regular >= 0.95 * self.steps else 0
 
     def __bool__(self) -> bool:
-        return self.lost > 0
+        return self.lost > 0 or self.back is not None
 
     def __str__(self) -> str:
-        if not self:
+        if self.back is not None:
+            return f"its times go back at {self.back:.3f} s: frames may be missing there"
+        if not self.lost:
             return ""
         before, after = self.first
         where = f"between {before:.3f} s and {after:.3f} s"

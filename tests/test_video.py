@@ -306,6 +306,26 @@ def test_damage_counts_all_and_keeps_few():
     assert damage and damage.count == 1000 and len(damage.notes) == 5 and str(damage).endswith("and 995 more")
 
 
+@pytest.mark.parametrize(
+    ("times", "words"),
+    [
+        ([i / 25 for i in range(30)], ""),
+        ([i / 25 for i in range(30) if i != 17], "by its times one frame is missing, between 0.640 s and 0.720 s"),
+        ([i / 25 for i in range(60) if i not in (17, 30, 31)], "by its times about 3 frames are missing, the first"),
+        ([i / 25 for i in range(40) if i % 3], ""),  # no rhythm to miss a frame in
+        ([0.0, 0.04, 0.2, 0.12, 0.28], "its times go back at 0.120 s"),
+        ([None] * 30, ""),
+    ],
+)
+def test_gaps_in_a_rhythm_are_told(times, words):
+    from endomamba.video import Gaps
+
+    gaps = Gaps(25.0)
+    for time in times:
+        gaps.add(time)
+    assert str(gaps).startswith(words) and bool(gaps) == bool(str(gaps)) == bool(words)
+
+
 # ---- not a video
 
 
