@@ -50,19 +50,26 @@ def main(args: argparse.Namespace) -> int:
         return 2
     folder = args.plots or args.file.parent
     folder.mkdir(parents=True, exist_ok=True)
-    sections = [head(args.file.name, result)]
-    for part in [part for part in PARTS if any(row["part"] == part for row in rows)]:
-        sections.append(section(part, result))
+    for part in parts_of(result):
         plot = folder / f"{args.file.stem}_{part}.svg"
         plot.write_text(plotted(part, rows, meta))
         print(f"written to {plot}")
     out = args.file.with_suffix(".md")
-    out.write_text("\n\n".join(sections) + "\n")
+    out.write_text(tables(args.file.name, result) + "\n")
     print(f"written to {out}")
     return 0
 
 
 # ---- tables ------------------------------------------------------------------------------------------------------
+
+
+def tables(name: str, result: dict) -> str:
+    """All of a result but the plots, as markdown."""
+    return "\n\n".join([head(name, result), *(section(part, result) for part in parts_of(result))])
+
+
+def parts_of(result: dict) -> list[str]:
+    return [part for part in PARTS if any(row["part"] == part for row in result["rows"])]
 
 
 def head(name: str, result: dict) -> str:

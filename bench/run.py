@@ -9,7 +9,7 @@ scan and attention alone on one sequence of 1, 49, ... tokens.  Parts "blocks" (
 (whole models) and "training" (forward and backward): so many clips of 16 frames at once.  Accuracy comes first: a
 provider whose relative error by an fp64 reference is above the tolerance gets no time.  All providers take turns of a
 few calls, after one that is not counted.  What is not there, or does not fit into memory, is listed with its reason.  A
-run that was cut short goes on where it was.
+run that was cut short goes on where it was.  The tables are printed at the end.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from bench import clips, providers
+    from bench.report import tables
 
     marks = marks_of(args)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -102,8 +103,10 @@ def run(args: argparse.Namespace) -> None:
         subjects = checked(part, wanted, options.tolerance, result)
         for row in measured(part, marks[part], subjects, args, result, out):
             print(line(row), flush=True)
+    if result["rows"]:
+        print(f"\n{tables(out.name if out else 'Not kept', result)}")
     if out:
-        print(f"written to {out}; tables and plots: python -m bench report {out}")
+        print(f"\nwritten to {out}; plots: python -m bench report {out}")
 
 
 def marks_of(args: argparse.Namespace) -> dict[str, tuple[int, ...]]:

@@ -69,3 +69,11 @@ def looks(rounds: int, first: int = 30) -> list[int]:
 def low(rounds: Sequence[Sequence[float]]) -> float:
     """The time of one side, for reading: the low quantile of all its calls."""
     return round(float(np.quantile(np.concatenate([np.asarray(calls) for calls in rounds]), LOW)), 2)
+
+
+def ratio_of_medians(base: Sequence[float], head: Sequence[float], alpha: float, seed: int = 0) -> Ratio:
+    """Of two sides timed in the same rounds; a round is drawn with both its times."""
+    sides = np.stack([np.asarray(head), np.asarray(base)])
+    rounds = np.random.default_rng(seed).integers(0, sides.shape[1], (RESAMPLES, sides.shape[1]))
+    drawn, middle = np.median(sides[:, rounds], axis=2), np.median(sides, axis=1)
+    return _interval(middle[0] / middle[1], drawn[0] / drawn[1], alpha)

@@ -270,6 +270,13 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
         help="the mean and std the weights were trained with",
     )
     command.add_argument("--overwrite", action="store_true", help="replace files that are already there")
+    command.add_argument(
+        "--start",
+        type=_place,
+        metavar="PLACE",
+        help="first frame to read: its number from 0 (250), or a time in the video (10.5s, 1:02, 1:02:03.5)",
+    )
+    command.add_argument("--stop", type=_place, metavar="PLACE", help="first frame not to read any more, likewise")
     command.add_argument("--max-frames", type=_positive, metavar="N", help="stop after N frames")
     command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     command.add_argument(
@@ -302,6 +309,17 @@ def _count(text: str) -> int:
     return _at_least(text, 0)
 
 
+def _place(text: str) -> int | float:
+    """250 -> 250, a frame.  10s, 10.5s, 1:02, 1:02:03.5 -> seconds."""
+    if re.fullmatch(r"\d+", text):
+        return int(text)
+    match = re.fullmatch(r"(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d*)?)s?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"must be a frame's number (250) or a time (10.5s, 1:02), got {text!r}")
+    hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    return 3600 * hours + 60 * minutes + seconds
+
+
 def _at_least(text: str, least: int) -> int:
     try:
         value = int(text)
@@ -329,12 +347,13 @@ def _stream(args: argparse.Namespace) -> int:
         names = _names(args.names, model.config.num_classes, trained)
         with _lines(args, JsonLines) as lines:
             folder = _folder_outputs(args, lines.path, names, reader.info.fps)
+            reader.select(args.start, args.stop)
             reader.show(model.config.img_size, PICTURE if folder is not None and folder.video is not None else None)
             session = StreamSession(
                 camera,
                 reader,
                 lines.write,
-                verifier=Verifier(model) if args.verify else None,
+                verifier=Verifier(camera.model) if args.verify else None,
                 outputs=folder.outputs if folder is not None else (),
                 report=_say,
                 back_pressure=_back_pressure(args),
@@ -344,7 +363,7 @@ def _stream(args: argparse.Namespace) -> int:
             problems: list[OSError] = []
             ended = False
             try:
-                with _Progress(args, reader.info.frames) as progress:
+                with _Progress(args, reader.expected) as progress:
                     session.run(args.max_frames, progress)
                 ended = True
             finally:
@@ -373,6 +392,7 @@ def _features(args: argparse.Namespace) -> int:
             model = create_model(args.model, num_classes=0, head=args.head, backend=args.backend).eval()
             model.load_state_dict(weights)
         camera = _camera(args, model, text)
+        reader.select(args.start, args.stop)
         reader.show(model.config.img_size)
         features = Features()
         session = StreamSession(
@@ -387,7 +407,7 @@ def _features(args: argparse.Namespace) -> int:
         signals.session = session
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            with _Progress(args, reader.info.frames) as progress:
+            with _Progress(args, reader.expected) as progress:
                 session.run(args.max_frames, progress)
         finally:
             if len(features):
@@ -406,12 +426,13 @@ def _features(args: argparse.Namespace) -> int:
 def _camera(args: argparse.Namespace, model: nn.Module, text: Any) -> FrameStream:
     import torch
 
+    from .models import packed
     from .stream import FrameStream
     from .video import NORMALISATIONS
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    model.to(_device(args.device, text))
+    model = packed(model.to(_device(args.device, text)))
     camera = FrameStream(model, positions=args.positions, **NORMALISATIONS[args.normalise])
     camera.warm_up()
     return camera
@@ -517,7 +538,10 @@ def _verdict(reader: VideoReader, session: StreamSession, signals: _Signals) -> 
         _say(f"the model's output was not finite at {session.not_finite} of {total} frames, which left no trace")
         code = DAMAGED
     elif not session.frames and signals.caught is None:
-        raise UsageError(f"{reader.path} holds no frame")
+        where = "" if reader.start is None and reader.stop is None else " between --start and --stop"
+        raise UsageError(f"{reader.path} holds no frame{where}")
+    for notice in reader.notices:
+        _say(f"{reader.path}: {notice}")
     if session.verifier is not None and not session.verifier.passed:
         _say("verify failed: streamed and parallel outputs differ")
         code = VERIFY_FAILED
@@ -628,12 +652,20 @@ def _header(text: Any, args: argparse.Namespace, reader: VideoReader, model: nn.
     if device == "cpu":
         where += f", {C.level()} kernels" if C is not None else ", slow PyTorch reference (see endomamba info)"
     print(f"video    {reader.info.path}: {reader.info}", file=text)
+    if args.start is not None or args.stop is not None:
+        print(f"frames   from {_place_words(args.start or 0)} to {_place_words(args.stop)}", file=text)
     print(f"model    {args.model}, {millions:.1f} M parameters, frames of {width} x {height}, on {where}", file=text)
     if args.weights is None:
         print("weights  " + RANDOM_WEIGHTS.replace("\n", "\n         "), file=text)
     elif not trained:
         print(f"weights  {args.weights}; the head is random", file=text)
     print(file=text, flush=True)
+
+
+def _place_words(place: int | float | None) -> str:
+    if place is None:
+        return "the end"
+    return f"{place:g} s" if isinstance(place, float) else f"number {place}"
 
 
 _PERCENTILES = ("p50", "p95", "p99", "max")

@@ -1,7 +1,7 @@
 """What a person gets from a stream: an annotated video, a timeline of the run, features in a file.
 
-Each takes record, frame and output of every frame as `StreamSession` hands them out, holds memory that does not grow
-with the video (features: 4 bytes a channel and frame), and leaves complete files however the run ends.
+Each takes record, frame, output and mask of every frame as `StreamSession` hands them out, holds memory that does not
+grow with the video (features: 4 bytes a channel and frame), and leaves complete files however the run ends.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+import torch.nn.functional as F
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 
 from .stream import write_summary, write_whole
@@ -28,6 +29,7 @@ from .video import Frame, import_av
 COLOURS = ("#56b4e9", "#e69f00", "#2fb38a", "#f0e442", "#cc79a7", "#d55e00", "#8c9eff", "#b0bec5", "#a1887f", "#aed581")
 GROUND, PANEL, LINE, DIM, TEXT = "#14181c", "#1d2329", "#39424b", "#9aa7b2", "#eef2f5"
 FAULT = "#ff5252"
+MASK = "#7df9ff"  # on red and pink seen by all; no class has it
 PARTS = {"decode": "#5c7d9a", "preprocess": "#93b48b", "model": "#d8a25e"}
 
 
@@ -51,6 +53,8 @@ def seconds_text(seconds: float) -> str:
 class AnnotatedVideo:
     """The pictures with a band below them: label, confidence, time, latency, and a ribbon of the last labels.
 
+    Where the model gives a mask, it is drawn into the picture: its outline, and a veil over what it holds.
+
     Every frame keeps its own time.  The mp4 is written in fragments of a second: a killed process loses the last one,
     and where the disk fills, the file is cut back to whole ones.  Sound is left out.
     """
@@ -65,10 +69,10 @@ class AnnotatedVideo:
         self._last = -1
         self._ribbon: deque[str] = deque()
 
-    def __call__(self, record: dict[str, Any], frame: Frame, values: Tensor) -> None:
+    def __call__(self, record: dict[str, Any], frame: Frame, values: Tensor, mask: Tensor | None = None) -> None:
         if frame.picture is None:
             raise ValueError("AnnotatedVideo: the frames carry no picture: ask the reader to show(size, picture=...)")
-        image = self.draw(record, frame.picture)
+        image = self.draw(record, frame.picture, mask)
         with self._disk_errors():
             if self._stream is None:
                 self._open(*image.size)
@@ -125,12 +129,14 @@ class AnnotatedVideo:
             self._container.close()
             self._container = None
 
-    def draw(self, record: dict[str, Any], picture: Tensor) -> Image.Image:
-        """picture: (h, w, 3) uint8 -> the picture, scaled up where it is narrow, and the band."""
+    def draw(self, record: dict[str, Any], picture: Tensor, mask: Tensor | None = None) -> Image.Image:
+        """picture: (h, w, 3) uint8, mask: logits (h, w) of any size -> the picture, not too narrow, and the band."""
         image = Image.fromarray(picture.numpy())
         scale = min(self.WIDTH / image.width, 2 * self.WIDTH / image.height)
         if scale > 1:
             image = image.resize([max(2, 2 * round(side * scale / 2)) for side in image.size], Image.Resampling.BICUBIC)
+        if mask is not None:
+            image = draw_mask(image, mask)
         width, top = max(self.WIDTH, image.width), image.height
         unit = round(width / 42)
         canvas = Image.new("RGB", (width, top + 2 * (7 * unit // 2)), GROUND)
@@ -172,6 +178,18 @@ class AnnotatedVideo:
         pen.rectangle(box, fill=PANEL)
         for back, past in enumerate(reversed(self._ribbon)):
             pen.rectangle((right - (back + 1) * step, top, right - back * step - 1, bottom), fill=past)
+
+
+def draw_mask(image: Image.Image, mask: Tensor, veil: float = 0.3) -> Image.Image:
+    """mask: logits (h, w), stretched over the image; what is above 0 gets a veil and an outline inside its border."""
+    logits = F.interpolate(mask[None, None].float(), image.size[::-1], mode="bilinear", align_corners=False)[0, 0]
+    inside = logits > 0
+    line = max(1, round(max(image.size) / 320))  # pixels
+    deep = -F.max_pool2d(-inside[None].float(), 2 * line + 1, 1, line)[0] > 0  # the picture's edge is no border
+    share = torch.where(inside & ~deep, 1.0, inside * veil).unsqueeze(2)
+    tint = torch.tensor(ImageColor.getrgb(MASK), dtype=torch.float32)
+    pixels = torch.from_numpy(np.array(image)).float()
+    return Image.fromarray(torch.lerp(pixels, tint.expand_as(pixels), share).round().to(torch.uint8).numpy())
 
 
 def keep_whole_fragments(path: Path) -> None:
@@ -237,7 +255,7 @@ class Timeline:
         self.end = 0.0
         self.timed = True
 
-    def __call__(self, record: dict[str, Any], frame: Frame, values: Tensor) -> None:
+    def __call__(self, record: dict[str, Any], frame: Frame, values: Tensor, mask: Tensor | None = None) -> None:
         self.timed = self.timed and record["time"] is not None
         place = record["time"] if record["time"] is not None else float(record["frame"])
         one = Column(place, 1, int(record["fault"] is not None), record["change"] or 0.0)
@@ -439,7 +457,7 @@ class Features:
         self._index: list[int] = []
         self._times: list[float] = []
 
-    def __call__(self, record: dict[str, Any], frame: Frame, values: Tensor) -> None:
+    def __call__(self, record: dict[str, Any], frame: Frame, values: Tensor, mask: Tensor | None = None) -> None:
         row = values.numpy().astype(np.float32)
         self._rows.append(row if record["fault"] is None else np.full_like(row, np.nan))
         self._index.append(record["frame"])

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from .video import Frame, Pictures, VideoError, VideoInfo, VideoReader, import_av, open_video
+from .video import Frame, TimedFrame, VideoError, VideoInfo, VideoReader, import_av, open_video
 
 PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 LIVE_SCHEMES = ("rtmp", "rtp", "rtsp", "rtsps", "srt", "udp")
@@ -85,7 +85,7 @@ class FolderReader(VideoReader):
     def close(self) -> None:
         pass
 
-    def _decode(self) -> Iterator[tuple[float | None, Pictures]]:
+    def _decode(self) -> Iterator[TimedFrame]:
         av = import_av()
         for file in self._files:
             try:
@@ -93,7 +93,7 @@ class FolderReader(VideoReader):
             except ValueError as error:
                 self.damage.add(f"{file.name} could not be read ({error})", 1)
                 continue
-            yield None, self._scaler(av.VideoFrame.from_ndarray(rgb, format="rgb24"))
+            yield None, av.VideoFrame.from_ndarray(rgb, format="rgb24")
 
 
 def _natural(file: Path) -> list[tuple[int, str]]:

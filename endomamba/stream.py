@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .frame_stream import FrameStream
-from .models import StreamState
+from .models import Packed, StreamState
 from .sources import FrameQueue, ReadAhead, SourceStalled
 from .video import Frame, VideoReader, preprocess
 
@@ -268,8 +268,9 @@ class CameraWatch:
 class StreamSession:
     """Decode ahead, preprocess, model, one line a frame.  `summary` tells what was done, however `run` ended.
 
-    write: takes one record a frame, see `record`.  outputs: each is called with record, frame and the model's output
-    (k,).  report: takes a sentence on what a person should know at once.  Memory does not grow with the video.
+    write: takes one record a frame, see `record`.  outputs: each is called with record, frame, the model's output (k,)
+    and its mask (h, w) or None, see `models.Packed`.  report: takes a sentence on what a person should know at once.
+    Memory does not grow with the video.
     back_pressure: of a `FrameQueue`, where frames come faster than the model reads them; None: "drop oldest" for a live
     source, else "block".
     """
@@ -284,7 +285,7 @@ class StreamSession:
         write: Callable[[dict[str, Any]], None],
         *,
         verifier: Verifier | None = None,
-        outputs: Sequence[Callable[[dict[str, Any], Frame, Tensor], None]] = (),
+        outputs: Sequence[Callable[[dict[str, Any], Frame, Tensor, Tensor | None], None]] = (),
         report: Callable[[str], None] = lambda sentence: None,
         back_pressure: str | None = None,
     ) -> None:
@@ -375,10 +376,12 @@ class StreamSession:
             where = f"frame {event['first']}" if event["from"] is None else f"{event['from']:.3f} s"
             self.report(f"the picture is {event['what']} since {where}, for {event['frames']} frames now")
         finite = bool(values.isfinite().all())
-        record = self.record(frame, values if finite else None, spans)
+        values, mask, has_labels = _parts(camera.model, values)
+        record = self.record(frame, values if finite else None, spans, has_labels=has_labels)
+        record["mask_share"] = round(float((mask > 0).float().mean()), 6) if finite and mask is not None else None
         self.write(record)
         for add in self.outputs:
-            add(record, frame, values)
+            add(record, frame, values, mask if finite else None)
         self.writing.add(time.perf_counter() - t2)
         if finite:
             self.frames += 1
@@ -404,7 +407,9 @@ class StreamSession:
                 "its weights are damaged or unfit"
             )
 
-    def record(self, frame: Frame, values: Tensor | None, spans: tuple[float, float, float]) -> dict[str, Any]:
+    def record(
+        self, frame: Frame, values: Tensor | None, spans: tuple[float, float, float], *, has_labels: bool
+    ) -> dict[str, Any]:
         """One line of the predictions.
 
         time: the frame's own timestamp in seconds.  labels, probabilities: best first, empty without a head.
@@ -418,7 +423,7 @@ class StreamSession:
                 change = 1.0 - float(torch.cosine_similarity(values, self._before, dim=0, eps=1e-12))
                 self.changes.add(max(0.0, change))
             self._before = values
-            if self.camera.model.config.num_classes:
+            if has_labels:
                 best = torch.topk(values.softmax(0), min(self.TOP, len(values)))
                 labels, probabilities = best.indices.tolist(), [round(p, 6) for p in best.values.tolist()]
         parts = zip(("decode_ms", "preprocess_ms", "model_ms"), spans, strict=True)
@@ -445,6 +450,7 @@ class StreamSession:
             "positions": self.camera.positions,
             "not_finite": self.not_finite,
             "lost_to_damage": damage.lost,
+            "notices": self.reader.notices,
             "stopped": self.stopped,
             "damage": str(damage) or None,
             "events": self.watch.events,
@@ -462,6 +468,16 @@ class StreamSession:
             "change": self.changes.summary(),
             "verify": self.verifier.summary() if self.verifier is not None else None,
         }
+
+
+def _parts(model: nn.Module, values: Tensor) -> tuple[Tensor, Tensor | None, bool]:
+    """-> the output (k,), the mask (h, w) or None, whether the output is logits.  A mask alone is the output too."""
+    if not isinstance(model, Packed):
+        return values, None, bool(model.config.num_classes)
+    parts = model.unpack(values)
+    mask = parts.get("mask")
+    others = [parts[name] for name in ("logits", "features") if name in parts]
+    return others[0] if others else mask.flatten(), mask, "logits" in parts
 
 
 class Trace:

@@ -3,7 +3,7 @@
 `open_video` reads any container FFmpeg reads (PyAV) and DICOM clips (pydicom), one packet at a time, so that damage in
 the middle of a file costs the frames up to the next keyframe and no more.  `reader.damage` says in words what was lost.
 
-    with open_video("clip.mp4", size=224) as reader:
+    with open_video("clip.mp4", size=224, start=250, stop=500) as reader:
         for frame in reader:                      # Frame: index, time in seconds, rgb (224, 224, 3) uint8
             x = preprocess(frame.rgb, size=224)   # (3, 224, 224) float32, normalised
     print(reader.damage or "nothing lost")
@@ -13,8 +13,10 @@ Neither library is imported before a video is opened.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import io
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -24,16 +26,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-# What the published weights were trained with: all but the PolypDiag classifier use ImageNet's.
-NORMALISATIONS = {
-    "imagenet": {"mean": IMAGENET_MEAN, "std": IMAGENET_STD},
-    "polypdiag": {"mean": (0.45, 0.45, 0.45), "std": (0.225, 0.225, 0.225)},
-}
+from .containers import fault_in
+from .preprocess import (  # noqa: F401  who reads videos finds here what they need
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    NORMALISATIONS,
+    normalisation,
+    preprocess,
+    resize,
+    to_input,
+)
 
 # DICOM transfer syntaxes whose pixel data is a whole MPEG-2, H.264 or HEVC stream, as endoscopy recorders write it.
 _DICOM_VIDEO = tuple(f"1.2.840.10008.1.2.4.{number}" for number in range(100, 109))
@@ -45,7 +49,7 @@ class VideoError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """index: 0, 1, 2, ... in the order handed out.  time: the frame's own timestamp in seconds, None where it has none.
+    """index: 0, 1, 2, ... from the beginning of the source.  time: the frame's own, in seconds, None where it has none.
 
     rgb: (h, w, 3) uint8.  picture: the same frame for a person, in its own proportions, where `show` asked for it.
     """
@@ -101,11 +105,22 @@ class Damage:
         return "; ".join(self.notes) + more
 
 
-def open_video(path: str | os.PathLike, size: int | tuple[int, int] | None = None, *, threads: int = 0) -> VideoReader:
+Place = int | float | None  # int: a frame's index.  float: seconds.  None: the beginning, or the end
+
+
+def open_video(
+    path: str | os.PathLike,
+    size: int | tuple[int, int] | None = None,
+    *,
+    start: Place = None,
+    stop: Place = None,
+    threads: int = 0,
+) -> VideoReader:
     """Opens a video file or a DICOM clip.
 
     size: (height, width) of the frames handed out, an int for a square, None as stored.
     The picture is squashed to `size`, as the published evaluation does: nothing is cut off, nothing padded.
+    start, stop: the frames from `start` up to, not including, `stop`: see `VideoReader.select`.
     threads: decoder threads, 0 lets FFmpeg choose.  Raises VideoError with one clear sentence.
     """
     path = Path(path)
@@ -114,9 +129,9 @@ def open_video(path: str | os.PathLike, size: int | tuple[int, int] | None = Non
         if min(size) < 1:
             raise ValueError(f"open_video: size must be positive, got {size}")
     _check_file(path)
-    if _is_dicom(path):
-        return DicomReader(path, size, threads=threads)
-    return VideoReader(path, size, threads=threads)
+    reader = (DicomReader if _is_dicom(path) else VideoReader)(path, size, threads=threads)
+    reader.select(start, stop)
+    return reader
 
 
 def _check_file(path: Path) -> None:
@@ -153,13 +168,14 @@ def _import(name: str, purpose: str) -> Any:
 
 
 class VideoReader:
-    """Iterates over the frames of one file.  `damage` grows while it does; `done` is true once the end was reached.
+    """Iterates over the frames of one file.  `damage` and `gaps` grow while it does; `done` is true once it is through.
 
     One pass: a second one opens the file again.  Use as a context manager, or call `close`.
     path: what messages call it.  source: what `av.open` gets, by default the file of that name; options: its others.
     """
 
     live = False  # true where frames go on coming whether somebody reads them or not
+    _is_file = False  # true where `path` can be opened again and read anywhere
     abandoned = False  # true where a thread hangs in it: it must not be closed under that
 
     def __init__(
@@ -171,20 +187,25 @@ class VideoReader:
         source: Any = None,
         **options: Any,
     ) -> None:
-        av = import_av()
+        import_av()
         self.path = path
         self._is_file = source is None
+        self._threads = threads
         self._start(size)
+        # An absolute path cannot be mistaken for one of FFmpeg's protocols, whatever the file is called.
+        self._open(os.path.abspath(path) if source is None else source, options)
+
+    def _open(self, source: Any, options: dict[str, Any]) -> None:
+        av = import_av()
         try:
-            # An absolute path cannot be mistaken for one of FFmpeg's protocols, whatever the file is called.
-            self._container = av.open(os.path.abspath(path) if source is None else source, **options)
+            self._container = av.open(source, metadata_errors="replace", **options)  # titles may be damaged
         except (av.FFmpegError, OSError) as error:
-            raise VideoError(f"{path} is not a video that FFmpeg can read ({_words(error)})") from error
+            raise VideoError(f"{self.path} is not a video that FFmpeg can read ({_words(error)})") from error
         try:
             self._stream = self._pick_stream(av)
             # SLICE, not FRAME: an error then belongs to the packet that was sent, and the delay is the codec's own.
             self._stream.thread_type = "SLICE"
-            self._stream.codec_context.thread_count = threads
+            self._stream.codec_context.thread_count = self._threads
             self.info = self._read_info()
         except Exception:
             self._container.close()
@@ -192,8 +213,12 @@ class VideoReader:
 
     def _start(self, size: tuple[int, int] | None) -> None:
         self.damage = Damage()
+        self.gaps = Gaps(None)
+        self.hidden = 0  # frames that the file has and by its edit list does not show
         self.done = False
-        self._count = self._given = 0
+        self.start: Place = None
+        self.stop: Place = None
+        self._given = 0
         self._interlaced = False
         self.show(size)
 
@@ -204,6 +229,29 @@ class VideoReader:
         """
         self.size = (size, size) if isinstance(size, int) else size
         self._scaler = _Scaler(self.size, picture)
+
+    def select(self, start: Place = None, stop: Place = None) -> None:
+        """Hands out the frames from `start` up to, not including, `stop` only.  Call it before iterating.
+
+        int: index of a frame.  float: seconds, as in `Frame.time`; the first frame at or after it.  A frame keeps the
+        index and the time it has without a selection (in a file without damage), and is the same to the bit.  Where a
+        file has a packet for every frame, those before `start` are read, but only decoded from the last keyframe on;
+        of all other sources the frames before `start` are decoded and left out.
+        """
+        for name, place in (("start", start), ("stop", stop)):
+            if place is not None and not 0 <= place < float("inf"):
+                raise ValueError(f"select: {name} must be a frame's index or seconds, at least 0, got {place}")
+        if type(start) is type(stop) and start is not None and stop <= start:
+            raise ValueError(f"select: stop must lie behind start, got {_place_words(start)} to {_place_words(stop)}")
+        self.start, self.stop = start, stop
+
+    @property
+    def expected(self) -> int | None:
+        """Frames that the selection will hold by what the file says about itself, None where that is unknown."""
+        frames = self.info.frames
+        if isinstance(self.start, float) or isinstance(self.stop, float) or frames is None:
+            return frames if self.start is None and self.stop is None else None
+        return max(0, min(frames, frames if self.stop is None else self.stop) - (self.start or 0))
 
     def _pick_stream(self, av: Any) -> Any:
         if self._container.format.name == "tty":  # FFmpeg draws any .txt or .nfo file as a terminal
@@ -233,7 +281,7 @@ class VideoReader:
         return VideoInfo(
             path=str(self.path),
             container=self._container.format.name.split(",")[0],
-            codec=context.name,
+            codec=context.codec.canonical_name,  # av1, not libdav1d
             height=context.height,
             width=context.width,
             fps=float(rate) if rate else None,
@@ -251,31 +299,133 @@ class VideoReader:
             self._container.close()
 
     def __iter__(self) -> Iterator[Frame]:
-        for time, (rgb, picture) in self._decode():
-            yield Frame(self._count, time, rgb, picture)
-            self._count += 1
+        index, frames = self._from_start() if self.start else (0, self._decode())
+        self.gaps = Gaps(None if self.live else self.info.fps)
+        found = not self.start
+        for time, frame in frames:
+            if _reached(self.stop, index, time, self):
+                break
+            found = found or _reached(self.start, index, time, self)
+            if found:
+                self.gaps.add(time)
+                yield Frame(index, time, *self._scaler(frame))
+            index += 1
+        else:
+            if not found and not self.damage:
+                raise VideoError(f"{self.path} ends before {_place_words(self.start)}, after {index} frames")
         self.done = True
 
-    def _decode(self) -> Iterator[tuple[float | None, Pictures]]:
+    @property
+    def notices(self) -> list[str]:
+        """In words, what may be a loss and may be meant: only who made the file can tell.  Empty where it is damaged:
+        then that is the reason.
+        """
+        if self.damage:
+            return []
+        hidden = f"its edit list hides {self.hidden} of the frames it holds" if self.hidden else ""
+        return [words for words in (hidden, str(self.gaps)) if words]
+
+    # -- from a place in the middle
+
+    def _from_start(self) -> tuple[int, Iterator[TimedFrame]]:
+        """-> index of the first frame, at `start` or before it, and the frames from there.
+
+        Seeking lands where a container likes, and a decoder may be unable to begin there.  So the packets' times say
+        which frame must come first; where another does, or damage is met, it is tried from earlier keyframes, and in
+        the end from the beginning.
+        """
+        table = self._packet_table() if self._is_file and self.info.codec in _A_FRAME_A_PACKET else None
+        if table is None:
+            return 0, self._decode()
+        table, hidden = [p for p in table if not p.is_hidden], sum(p.is_hidden for p in table)
+        times = sorted(packet.pts for packet in table)
+        base = self._stream.time_base
+        index = self.start if isinstance(self.start, int) else _first_at(times, base, self.start)
+        if index >= len(times):
+            raise VideoError(f"{self.path} ends before {_place_words(self.start)}, after {len(times)} frames")
+        keys = [packet for packet in table if packet.is_key and packet.pts <= times[index]]
+        for back in (1, 2, 4, 8):
+            if back > len(keys):
+                break
+            frames = self._seek(keys[-back], times[index], index, hidden)
+            if frames is not None:
+                return index, frames
+        self._reopen()
+        return 0, self._decode()
+
+    def _packet_table(self) -> list[_Packet] | None:
+        """The packets up to `start` and some more, in the file's order; None where they do not tell what is shown.
+
+        REORDER: no codec shows a frame that many packets later than it stands in the file.
+        """
+        av = import_av()
+        table: list[_Packet] = []
+        shown = late = 0
+        try:
+            with av.open(os.path.abspath(self.path), metadata_errors="replace") as container:
+                for packet in container.demux(container.streams[self._stream.index]):
+                    if not packet.size:  # the end
+                        break
+                    if packet.pts is None or packet.is_corrupt:
+                        return None
+                    table.append(_Packet(packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
+                    shown += not packet.is_discard
+                    late += _reached(self.start, shown - 1, float(packet.pts * packet.time_base))
+                    if late > _REORDER:
+                        break
+        except (av.FFmpegError, OSError, IndexError):
+            return None
+        return table if len({packet.pts for packet in table}) == len(table) else None
+
+    def _seek(self, key: _Packet, first: int, index: int, hidden: int) -> Iterator[TimedFrame] | None:
+        """The frames from the one with timestamp `first` on, read from `key` on; None where it is not the first.
+
+        index: frames before it; hidden: packets before it that an edit list hides.
+        """
+        av = import_av()
+        self.damage = Damage()
+        try:
+            self._container.seek(key.pts if key.dts is None else key.dts, stream=self._stream, backward=True)
+        except (av.FFmpegError, OSError):
+            return None
+        self._given = index
+        frames = self._decode(first, index, hidden)
+        frame = next(frames, None)
+        if frame is None or frame[1].pts != first or self.damage or self._interlaced:
+            return None
+        return itertools.chain([frame], frames)
+
+    def _reopen(self) -> None:
+        """Only a file gets here: it is opened by its name."""
+        self._container.close()
+        self._open(os.path.abspath(self.path), {})
+        self.damage, self._given = Damage(), 0
+
+    # -- packets to frames
+
+    def _decode(self, first: int | None = None, shown: int = 0, hidden: int = 0) -> Iterator[TimedFrame]:
         """Packet by packet.  After a bad one: what the decoder still holds, then on from the next keyframe.
 
         Going straight on shows repeated and smeared pictures in the wrong order (seen with H.264: frame 88 handed out
         between 66 and 67), and a model with a memory would carry them along.
+        first: timestamp before which nothing counts, after a seek; shown, hidden: how many packets lie before it.
         """
         av = import_av()
         context = self._stream.codec_context
         clock = _Clock(self._stream.average_rate, self.damage, gaps=self.info.frames is None)
-        wait_for_key, skipped, packets, hidden = False, 0, 0, 0
+        wait_for_key, skipped, packets, small = first is not None, 0, shown + hidden, 0
         for packet in self._demux(av, clock):
             flush = packet.size == 0  # the end: the decoder gives what it still holds
-            packets += not flush
-            hidden += packet.is_discard  # before the start of an edit list
+            before = first is not None and packet.pts is not None and packet.pts < first
+            packets += not flush and not before
+            hidden += packet.is_discard and not before  # by an edit list
+            small += not flush and packet.size <= _NOTHING
             if flush and wait_for_key:
                 break
             if not flush:
                 clock.tick(packet)
                 if wait_for_key and not packet.is_keyframe:
-                    skipped += 1
+                    skipped += not before
                     continue
             if wait_for_key and skipped:
                 self.damage.add(
@@ -285,13 +435,13 @@ class VideoReader:
             try:
                 if packet.is_corrupt:
                     raise av.InvalidDataError(0, "incomplete packet")
-                yield from self._convert(av, packet.decode())
+                yield from self._convert(av, packet.decode(), first)
             except av.FFmpegError as error:
                 where = "at the end" if flush else f"at {clock.describe(packet)}"
                 self.damage.add(f"a packet {where} could not be decoded ({_words(error)})", 1)
                 if flush:
                     break
-                yield from self._drain(av, context, packet.pts)
+                yield from self._drain(av, context, packet.pts, first)
                 wait_for_key = True
         if skipped:
             self.damage.add(f"{skipped} frames up to the end were left out, as no keyframe came any more", skipped)
@@ -304,10 +454,15 @@ class VideoReader:
         if self.damage:
             return
         expected = packets - hidden
-        one_each = self.info.codec in _A_FRAME_A_PACKET and not self._interlaced  # a packet may be a field
-        if one_each and self._given < expected:
+        if self.info.codec == "mpeg4":
+            expected -= small
+        elif self.info.codec not in _A_FRAME_A_PACKET or self._interlaced:  # a packet may be a field
+            expected = 0
+        if self._given < expected:
             self.damage.add(f"the decoder gave {self._given} frames for {expected} packets", expected - self._given)
-        if self._is_file and (why := _broken_off(self.path, self._container.format.name)):
+        if first is None and "mov" in self._container.format.name:
+            self.hidden = max(0, self._stream.frames - self._given)
+        if self._is_file and (why := fault_in(self.path, self._container.format.name)):
             self.damage.add(why)
 
     def _demux(self, av: Any, clock: _Clock) -> Iterator[Any]:
@@ -321,6 +476,8 @@ class VideoReader:
                         yield packet
                     clock.note_end(packet)
                 return
+            except IndexError:  # PyAV's word for a packet of a stream that nobody knew of when the file was opened
+                continue
             except (av.FFmpegError, OSError) as error:
                 hint = ""
                 if not self._is_file and clock.before is None and "mov" in self._container.format.name:
@@ -329,22 +486,59 @@ class VideoReader:
                 if not progress:
                     return
 
-    def _drain(self, av: Any, context: Any, bad: int | None) -> Iterator[tuple[float | None, Pictures]]:
+    def _drain(self, av: Any, context: Any, bad: int | None, first: int | None) -> Iterator[TimedFrame]:
         """What the decoder still holds, but for the frame of the bad packet; then it starts anew."""
         with contextlib.suppress(av.FFmpegError):  # the damage itself was recorded by the caller
             frames = context.decode(None)
-            yield from self._convert(av, [frame for frame in frames if frame.pts != bad and not frame.is_corrupt])
+            whole = [frame for frame in frames if frame.pts != bad and not frame.is_corrupt]
+            yield from self._convert(av, whole, first)
         context.flush_buffers()
 
-    def _convert(self, av: Any, frames: list[Any]) -> Iterator[tuple[float | None, Pictures]]:
+    def _convert(self, av: Any, frames: list[Any], first: int | None) -> Iterator[TimedFrame]:
         """A frame that the decoder itself calls corrupt (patched up from its neighbours) counts as a bad packet."""
         base = self._stream.time_base  # frames out of a drained decoder carry no time base of their own
         for frame in frames:
+            if first is not None and frame.pts is not None and frame.pts < first:
+                continue
             if frame.is_corrupt:
                 raise av.InvalidDataError(0, "its frame is corrupt")
             self._given += 1
             self._interlaced = self._interlaced or frame.interlaced_frame
-            yield float(frame.pts * base) if frame.pts is not None and base else None, self._scaler(frame)
+            yield float(frame.pts * base) if frame.pts is not None and base else None, frame
+
+
+TimedFrame = tuple["float | None", Any]  # seconds, and FFmpeg's frame
+_REORDER = 64  # packets; the longest way is 16 frames
+
+
+@dataclass(frozen=True, slots=True)
+class _Packet:
+    pts: int
+    dts: int | None
+    is_key: bool
+    is_hidden: bool  # by an edit list
+
+
+def _reached(place: Place, index: int, time: float | None, reader: VideoReader | None = None) -> bool:
+    """Whether the frame lies at `place` or behind it; None lies behind all."""
+    if place is None or isinstance(place, int):
+        return place is not None and index >= place
+    if time is None:
+        path = "the source" if reader is None else reader.path
+        raise VideoError(f"{path} has frames without a time: name {_place_words(place)} as the index of a frame")
+    return time >= place - _TICK
+
+
+def _first_at(times: list[int], base: Fraction, seconds: float) -> int:
+    """Index of the first of sorted timestamps at or after `seconds`."""
+    return bisect.bisect_left(times, seconds - _TICK, key=lambda stamp: float(stamp * base))
+
+
+_TICK = 1e-6  # seconds: a time that was printed and typed in again still means its frame
+
+
+def _place_words(place: Place) -> str:
+    return f"{place:g} s" if isinstance(place, float) else f"frame {place}"
 
 
 Pictures = tuple[Tensor, "Tensor | None"]  # for the model, and for a person where one was asked for
@@ -352,7 +546,12 @@ Pictures = tuple[Tensor, "Tensor | None"]  # for the model, and for a person whe
 
 class _Scaler:
     """FFmpeg frame -> (h, w, 3) uint8, upright.  One swscale context for each size: one a frame costs more than
-    decoding."""
+    decoding.
+
+    What the model gets has its size from `resize`, the one that training uses; swscale only converts its colours
+    (scaling too, it would filter the colours where the file stores them, at half the size, and be up to 2 of 255
+    levels off).  The picture for a person is scaled by swscale.
+    """
 
     def __init__(self, size: tuple[int, int] | None, picture: int | None = None) -> None:
         from av.video.reformatter import VideoReformatter
@@ -363,7 +562,9 @@ class _Scaler:
     def __call__(self, frame: Any) -> Pictures:
         turns = round(frame.rotation / 90) % 4  # a quarter to the left each
         height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
-        rgb = self._scale(self.for_model, frame, self.size or (height, width), turns)
+        rgb = self._scale(self.for_model, frame, (height, width), turns)
+        if self.size is not None:
+            rgb = resize(rgb, self.size)
         if self.picture is None:
             return rgb, None
         shrink = min(1.0, self.picture / max(height, width))
@@ -447,40 +648,55 @@ class _Clock:
             self.damage.add(f"the file ends early: it declares {declared:.2f} s and holds {self.end:.2f} s", lost)
 
 
-_A_FRAME_A_PACKET = ("h264", "hevc", "vp9", "av1", "mjpeg")  # MPEG-4 in AVI has packets that stand for nothing
+class Gaps:
+    """Frames that a regular rhythm asks for and that did not come: lost to damage that left no other trace, or never
+    recorded, which nobody can tell apart; and times that go back.  False where there is neither.
+
+    lost: how many are missing.  first: the times in seconds between which the first of them would lie.
+    back: the time of the first frame that is earlier than the one before.
+    """
+
+    def __init__(self, fps: float | None) -> None:
+        self.period = 1.0 / fps if fps else None
+        self.steps = self.regular = self.missing = 0
+        self.first: tuple[float, float] | None = None
+        self.before: float | None = None
+        self.back: float | None = None
+
+    def add(self, time: float | None) -> None:
+        before, self.before = self.before, time
+        if time is not None and before is not None and time < before and self.back is None:
+            self.back = time
+        if time is None or before is None or self.period is None:
+            return
+        periods = (time - before) / self.period
+        self.steps += 1
+        self.regular += 0.5 < periods < 1.5
+        if periods >= 1.5:
+            self.missing += round(periods) - 1
+            self.first = self.first or (before, time)
+
+    @property
+    def lost(self) -> int:
+        return self.missing if self.steps >= 10 and self.regular >= 0.95 * self.steps else 0
+
+    def __bool__(self) -> bool:
+        return self.lost > 0 or self.back is not None
+
+    def __str__(self) -> str:
+        if self.back is not None:
+            return f"its times go back at {self.back:.3f} s: frames may be missing there"
+        if not self.lost:
+            return ""
+        before, after = self.first
+        where = f"between {before:.3f} s and {after:.3f} s"
+        if self.lost == 1:
+            return f"by its times one frame is missing, {where}: lost, or never recorded"
+        return f"by its times about {self.lost} frames are missing, the first {where}: lost, or never recorded"
 
 
-def _broken_off(path: str | os.PathLike, container: str) -> str:
-    """Why this file is not as long or not as whole as its container demands, where FFmpeg is silent about it."""
-    path = Path(path)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(_LOOK)
-        file.seek(max(0, size - _LOOK))
-        tail = file.read()
-    if "matroska" in container:
-        place = head.find(b"\x18\x53\x80\x67") + 4  # the segment, which holds everything
-        first = head[place] if 4 <= place < len(head) else 0
-        width = 9 - first.bit_length()
-        length = int.from_bytes(head[place : place + width], "big") - (1 << 7 * width)
-        unknown = length == (1 << 7 * width) - 1  # a live recording
-        if first and not unknown and place + width + length > size:
-            return f"the file ends early: it declares {place + width + length} bytes and holds {size}"
-    if container == "mpegts":
-        for unit, offset in ((188, 0), (192, 4), (204, 0)):
-            marks = head[offset::unit]
-            if marks.count(b"G") < 0.5 * len(marks):
-                continue
-            begin = -(size - len(tail)) % unit + offset
-            if size % unit:
-                return "the file ends in the middle of a transport packet"
-            if len(marks) != marks.count(b"G") or set(tail[begin::unit]) != {71}:
-                return "transport packets at its start or its end are broken"
-            break
-    return ""
-
-
-_LOOK = 1 << 18  # bytes at either end
+_A_FRAME_A_PACKET = ("h264", "hevc", "vp9", "av1", "mjpeg")
+_NOTHING = 19  # bytes: MPEG-4 has packets that stand for nothing, at most so large (FFmpeg's MAX_NVOP_SIZE)
 
 
 class DicomReader(VideoReader):
@@ -528,9 +744,9 @@ class DicomReader(VideoReader):
         if self._video:
             super().close()
 
-    def _decode(self) -> Iterator[tuple[float | None, Pictures]]:
+    def _decode(self, *after_seek: int) -> Iterator[TimedFrame]:
         if self._video:
-            yield from super()._decode()
+            yield from super()._decode(*after_seek)
             return
         from pydicom.pixels import iter_pixels
 
@@ -542,7 +758,7 @@ class DicomReader(VideoReader):
             try:
                 for pixels in iter_pixels(self._source, indices=range(here, total)):
                     rgb = _dicom_rgb(pixels, self._dataset)
-                    yield times[here], self._scaler(av.VideoFrame.from_ndarray(rgb, format="rgb24"))
+                    yield times[here], av.VideoFrame.from_ndarray(rgb, format="rgb24")
                     here += 1
                 break
             except Exception as error:  # pydicom and its plugins raise many kinds; the frame is lost, the next is tried
@@ -635,46 +851,6 @@ def _words(error: BaseException) -> str:
 
 _PLUGINS = "Unable to decode as exceptions were raised by all available plugins: "
 _FORCE = ". Use force=True to force reading."
-
-
-def preprocess(
-    frames: Tensor,
-    size: int | tuple[int, int] | None = 224,
-    *,
-    mean: tuple[float, ...] = IMAGENET_MEAN,
-    std: tuple[float, ...] = IMAGENET_STD,
-) -> Tensor:
-    """uint8 RGB (..., h, w, 3) -> float32 (..., 3, size, size): squashed to the size, scaled to [0, 1], normalised.
-
-    Frames that have the size already, as `open_video(size=...)` hands them out, are only normalised.
-    A resize here is torch's antialiased bilinear filter; the one in `open_video` is swscale's, the same triangle.
-    """
-    if frames.dtype != torch.uint8 or frames.ndim < 3 or frames.shape[-1] != 3:
-        raise ValueError(f"preprocess: frames must be uint8 (..., h, w, 3), got {frames.dtype} {tuple(frames.shape)}")
-    if size is None:
-        size = frames.shape[-3:-1]
-    scale, shift = (t.to(frames.device) for t in normalisation(mean, std))
-    return to_input(frames, (size, size) if isinstance(size, int) else tuple(size), scale, shift)
-
-
-def to_input(frames: Tensor, size: tuple[int, ...], scale: Tensor, shift: Tensor) -> Tensor:
-    """`preprocess` without its checks: nothing here waits for a device, so a CUDA graph can hold it.
-
-    frames: uint8 (..., h, w, 3).  size: (height, width).  scale, shift: of `normalisation`, on the frames' device.
-    """
-    x = frames.movedim(-1, -3).to(torch.float32)
-    if tuple(x.shape[-2:]) != tuple(size):
-        flat = x.reshape(-1, *x.shape[-3:])
-        flat = F.interpolate(flat, size, mode="bilinear", antialias=True, align_corners=False)
-        x = flat.reshape(*x.shape[:-2], *size)
-    return torch.addcmul(shift, x, scale)
-
-
-def normalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """scale, shift, each (3, 1, 1), so that x * scale + shift = (x / 255 - mean) / std."""
-    scale = torch.tensor([1.0 / (255.0 * s) for s in std]).view(-1, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(-1, 1, 1)
-    return scale, shift
 
 
 def write_video(

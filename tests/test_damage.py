@@ -92,10 +92,10 @@ def run_one(number: int, clips: list[Path], folder: Path, capsys) -> tuple[str, 
     assert written == list(range(len(written))), what
     assert "Traceback" not in err and "bug" not in err, what
     if code == 0:
-        # A frame can be gone without anything in the file that says it was there.
-        unnoticed = FRAMES - len(written)
-        assert unnoticed <= (kind in ("flipped", "hole")), f"a silent loss of {unnoticed} frames: {what}"
-        assert err == "", what
+        notice = "by its times" in err or "its times go back" in err or "its edit list hides" in err
+        assert notice or len(written) == FRAMES, f"a silent loss of {FRAMES - len(written)} frames: {what}"
+        assert notice or err == "", what
+        assert all(line.startswith(f"endomamba: {path}: ") for line in err.splitlines()), what
     else:
         assert code in (2, 3) and err.startswith("endomamba: ") and err.count("\n") == 1, what
         assert code == 3 or not written, what
@@ -141,8 +141,10 @@ def run_all(numbers, clips, tmp_path, capsys):
 
 
 def test_twenty_damaged_files(clips, tmp_path, capsys):
-    subtle = [1056, 1114, 1120, 1304, 1314, 1498]  # FFmpeg is silent about these
-    results = run_all([*subtle, *range(0, 14 * 27, 27)], clips, tmp_path, capsys)
+    subtle = [1056, 1114, 1120, 1304, 1314, 1498, 2969, 3594]  # FFmpeg is silent about these,
+    subtle += [1058, 1305, 1321, 2553, 7713]  # and in these only times or an edit list tell,
+    subtle += [1769]  # and here a stream appears in the middle
+    results = run_all([*subtle, *range(0, 6 * 27, 27)], clips, tmp_path, capsys)
     codes = [code for runs in results.values() for code, _ in runs]
     assert len(codes) == 20 and {0, 2, 3} <= set(codes)
     assert any(0 < frames < FRAMES for runs in results.values() for _, frames in runs)
@@ -156,6 +158,4 @@ def test_five_hundred_damaged_files(clips, tmp_path, capsys):
         counts = ", ".join(f"{codes.count(code)} with exit code {code}" for code in sorted(set(codes)))
         with capsys.disabled():
             print(f"\n{kind:<10} {counts}; {sum(frames for _, frames in runs)} frames written", end="")
-    runs = [run for of_kind in results.values() for run in of_kind]
-    unnoticed = sum(code == 0 and frames < FRAMES for code, frames in runs)
-    assert len(runs) == 512 and unnoticed <= 5
+    assert sum(map(len, results.values())) == 512

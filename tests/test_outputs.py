@@ -20,8 +20,8 @@ Image = pytest.importorskip("PIL.Image")
 from safetensors.torch import load_file  # noqa: E402
 
 from endomamba import cli  # noqa: E402
-from endomamba.models import EndoMamba, create_model  # noqa: E402
-from endomamba.outputs import COLOURS, FAULT, AnnotatedVideo, Timeline, keep_whole_fragments  # noqa: E402
+from endomamba.models import EndoMamba, Packed, create_model, packed  # noqa: E402
+from endomamba.outputs import COLOURS, FAULT, MASK, AnnotatedVideo, Timeline, draw_mask, keep_whole_fragments  # noqa: E402
 from endomamba.stream import FrameStream  # noqa: E402
 from endomamba.video import Frame, open_video  # noqa: E402
 
@@ -332,6 +332,91 @@ def test_the_annotation_shows_label_confidence_and_keeps_irregular_times(tmp_pat
         assert got.rgb.shape[1] == 480 and got.rgb[:height].float().std() < 4, "the picture itself is left alone"
         tint = got.rgb[height + 10 : height + 24, 12:16].float().mean((0, 1)).numpy()
         assert np.abs(tint - rgb(COLOURS[i % 2])).max() < 40
+
+
+class MaskHead(torch.nn.Module):
+    """A logit a patch, of its features and its place: about +5 in the left half, -5 in the right one."""
+
+    def __init__(self, channels, grid, classes):
+        super().__init__()
+        self.grid, self.pixel = grid, torch.nn.Linear(channels, 1)
+        self.place = torch.nn.Parameter(torch.where(torch.arange(grid[1]) < grid[1] / 2, 5.0, -5.0))
+        self.classes = torch.nn.Linear(channels, classes) if classes else None
+
+    def forward(self, features):  # (b, t, n, c), cls first
+        mask = self.pixel(features[:, :, 1:]).squeeze(-1).unflatten(2, self.grid) * 0.1 + self.place
+        logits = {} if self.classes is None else {"logits": self.classes(features.mean(2))}
+        return {"mask": mask} | logits
+
+
+def masking(classes=0):
+    torch.manual_seed(0)
+    model = create_model("endomamba", embed_dim=32, depth=2, img_size=64, num_classes=classes)
+    model.head = MaskHead(32, model.config.grid, classes)
+    return model.eval()
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_a_mask_is_drawn_where_a_head_gives_one(classes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_model", lambda args, text: (masking(classes), True))
+    from endomamba.video import write_video
+
+    path = tmp_path / "a.mp4"
+    write_video(path, [np.full((240, 480, 3), 100 + i, np.uint8) for i in range(12)])
+    assert stream(path, "--out", tmp_path / "run", "--verify") == 0, capsys.readouterr().err
+    assert check_folder(tmp_path / "run") == 12
+    lines = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert all(line["mask_share"] == 0.5 and len(line["labels"]) == classes for line in lines)
+    with open_video(tmp_path / "run" / "annotated.mp4") as reader:
+        for i, frame in enumerate(reader):
+            veiled = (1 - 0.3) * (100 + i) + 0.3 * rgb(MASK)
+            assert np.abs(frame.rgb[40:200, 40:180].float().mean((0, 1)).numpy() - veiled).max() < 6
+            assert np.abs(frame.rgb[40:200, 300:440].float().mean((0, 1)).numpy() - (100 + i)).max() < 4
+            border = frame.rgb[100:140, 234:244].float().mean(0).numpy()
+            assert np.abs(border - rgb(MASK)).max(1).min() < 60, "an outline; the veil alone is 108 off"
+
+
+def test_a_mask_that_is_not_finite_is_no_mask(tmp_path, monkeypatch, capsys):
+    model = masking()
+    with torch.no_grad():
+        model.head.place[0] = float("nan")
+    monkeypatch.setattr(cli, "_model", lambda args, text: (model, True))
+    path = encode(tmp_path / "a.mp4", 5)
+    assert stream(path, "--out", tmp_path / "run") == 3
+    assert "not finite at 5 of 5 frames" in capsys.readouterr().err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert [line["mask_share"] for line in lines] == [None] * 5
+
+
+def test_outline_and_veil_by_hand():
+    mask = torch.full((4, 4), -1.0)
+    mask[:2, :2] = 1.0
+    drawn = np.asarray(draw_mask(Image.new("RGB", (320, 320)), mask, veil=0.5)).astype(int)
+    assert (drawn[20, 20] == np.round(rgb(MASK) / 2)).all(), "inside a veil, at the edge of the picture too"
+    assert (drawn[0, 0] == drawn[20, 20]).all() and (drawn[200:, 200:] == 0).all()
+    row = (drawn[20] == rgb(MASK)).all(1).nonzero()[0]
+    assert len(row) == 1 and 158 <= row[0] <= 160, "one pixel of outline, inside"
+
+
+def test_models_that_answer_otherwise_are_refused():
+    model = masking()
+    model.head = torch.nn.Identity()
+    assert packed(model) is model
+    for answer, words in (
+        ({"depth": torch.zeros(1, 1, 2)}, "got depth"),
+        ({}, "got nothing"),
+        ({"mask": torch.zeros(1, 1, 2)}, r"mask must be \(b, t, h, w\), got \(1, 1, 2\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Packed(model, answer)
+    both = masking(3)
+    wrapped = packed(both)
+    frames = torch.rand(2, 3, 3, 64, 64)
+    assert wrapped.unpack(wrapped(frames))["mask"].equal(both(frames)["mask"])
+    assert wrapped.unpack(wrapped(frames))["logits"].equal(both(frames)["logits"])
+    with pytest.raises(ValueError, match="where it gave"):
+        both.head.classes = None
+        wrapped(frames)
 
 
 @pytest.mark.parametrize(("height", "width"), [(2, 2), (960, 2), (2, 960), (540, 960)])

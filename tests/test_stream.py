@@ -55,7 +55,7 @@ class Source:
 
     def __init__(self, frames: int, first: int = 0):
         self.frames, self.first = frames, first
-        self.damage = Damage()
+        self.damage, self.notices = Damage(), []
         self.info = VideoInfo("source", "none", "none", SIZE, SIZE, 25.0, frames)
 
     def __iter__(self):

@@ -21,6 +21,7 @@ namespace endomamba::ENDOMAMBA_LEVEL {
 namespace {
 
 constexpr int64_t kSumBlock = 32;  // tokens summed in one go
+constexpr int64_t kAhead = 8;      // tokens: rows are too far apart for the hardware to see that they are next
 
 struct Lanes {
   vf v;
@@ -97,12 +98,14 @@ struct Stream {
 
   ENDOMAMBA_INLINE vf next() {
     const T* p = base + walk.offset;
+    __builtin_prefetch(p + kAhead * walk.step);
     walk.advance();
     return FULL ? load_full(p) : load_lanes(p, stride, lanes);
   }
 
   ENDOMAMBA_INLINE void put(vf value) {
     T* p = base + walk.offset;
+    __builtin_prefetch(p + kAhead * walk.step, 1);
     walk.advance();
     FULL ? store_full(p, value) : store_lanes(p, stride, lanes, value);
   }

@@ -93,6 +93,16 @@ ENDOMAMBA_INLINE vf exp2(vf x) {
 
 // e^x with the product x * log2(e) in two parts, so that the relative error does not grow with |x|.
 ENDOMAMBA_INLINE vf exp(vf x) {
+#if defined(__AVX512F__)
+  // min and max give their second operand where one is NaN.
+  const vf bounded = (vf)_mm512_min_ps((__m512)set1(89.0f), _mm512_max_ps((__m512)set1(-104.0f), (__m512)x));
+  const vf log2e = set1(1.44269502f);
+  const vf k = (vf)_mm512_roundscale_ps((__m512)(bounded * log2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  // One rounding, asked for: the compilers share the product with the line above and round it.
+  const vf high = (vf)_mm512_fmsub_ps((__m512)bounded, (__m512)log2e, (__m512)k);
+  const vf f = high + bounded * set1(1.92596299e-8f);
+  return (vf)_mm512_scalef_ps((__m512)exp2_fraction(f), (__m512)k);
+#else
   const vf clamped = select(x > set1(88.7f), set1(88.7f), select(x < set1(-87.3f), set1(-87.3f), x));
   const vf magic = set1(12582912.0f);
   const vf shifted = clamped * set1(1.44269504f) + magic;
@@ -105,6 +115,7 @@ ENDOMAMBA_INLINE vf exp(vf x) {
   const vf scale_second = (vf)((whole - first + 127) << 23);
   const vf y = p * scale_first * scale_second;
   return select(x < set1(-87.3f), zero(), select(x > set1(88.7f), set1(__builtin_inff()), y));
+#endif
 }
 
 // 1 / (1 + e^-x)

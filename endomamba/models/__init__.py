@@ -18,6 +18,7 @@ from .config import EndoMambaConfig
 from .endofm import EndoFM, EndoFMConfig, WindowState
 from .endomamba import EndoMamba
 from .heads import ClassificationHead, PhaseHead
+from .packed import Packed, packed
 from .pretrain import Pictures, PretrainConfig, PretrainEndoMamba, PretrainLoss
 from .state import StreamState
 from .teacher import Teacher, load_teacher
@@ -34,6 +35,7 @@ __all__ = [
     "EndoMamba",
     "EndoMambaConfig",
     "LoadReport",
+    "Packed",
     "PhaseHead",
     "Pictures",
     "PretrainConfig",
@@ -48,5 +50,6 @@ __all__ = [
     "list_models",
     "load_checkpoint",
     "load_teacher",
+    "packed",
     "register_model",
 ]

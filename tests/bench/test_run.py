@@ -155,7 +155,7 @@ def test_marks_take_turns(fakes, monkeypatch):
 
     def add(row):
         row["times_ms"] += [1.0] * run.TURN
-        row |= {"ms": run.spread([1.0]), "load": 1.0}
+        row |= {"ms": run.spread([1.0]), "host": run.spread([1.0]), "load": 1.0}
 
     assert main(["run", "frames", "--quick", "--rounds", "2", "--marks", "1,4"]) == 0 and order == [1, 4]
     order.clear()

@@ -113,3 +113,11 @@ def test_verdict(low, high, says):
 )
 def test_looks_double(rounds, says):
     assert stats.looks(rounds) == says
+
+
+def test_ratio_of_medians_by_hand_and_its_interval():
+    base, head = [1.0, 2.0, 3.0, 100.0, 2.5], [4.0, 5.0, 6.0, 5.0, 400.0]
+    ratio = stats.ratio_of_medians(base, head, 0.05)
+    assert ratio.middle == 5.0 / 2.5 and ratio.low <= ratio.middle <= ratio.high
+    steady = stats.ratio_of_medians([2.0] * 9, [3.0] * 9, 0.05)
+    assert (steady.low, steady.middle, steady.high) == (1.5, 1.5, 1.5)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch._library.custom_ops import CustomOpDef
 
+from endomamba import ops
 from endomamba.ops import _backend, _extension, backend_info, causal_conv1d, explain, selective_scan
 from endomamba.ops._backend import Backend, choose, register
 
@@ -186,3 +187,50 @@ def test_packing_that_leaves_the_tensor_is_refused(bounds):
         selective_scan(x, dt, A, B, C, cu_seqlens=cu, max_seqlen=20, backend="cpu")
     with pytest.raises(ValueError, match="cu_seqlens must start at 0, never fall and end at l = 20"):
         causal_conv1d(x, torch.ones(40, 4), cu_seqlens=cu, max_seqlen=20, backend="cpu")
+
+
+# ---- inference past the dispatcher
+
+
+def _mixer_tensors():
+    torch.manual_seed(0)
+    b, l, d, n, r, w = 1, 5, 8, 4, 2, 4
+    xz, conv_state, ssm_state = torch.randn(b, l, 2 * d), torch.randn(b, w - 1, d), torch.randn(b, d, n)
+    side = (torch.randn(d, w), torch.randn(d), torch.randn(r + 2 * n, d), torch.randn(d, r), torch.randn(d))
+    return xz, conv_state, ssm_state, (*side, -torch.rand(d, n), torch.randn(d))
+
+
+def _all_three():
+    """frame_step, mixer_inner and add_rms_norm on the same numbers -> everything they give or change."""
+    xz, conv_state, ssm_state, side = _mixer_tensors()
+    states = {"initial_conv_state": conv_state, "initial_ssm_state": ssm_state}
+    whole = ops.mixer_inner(xz, *side, **states, return_final_state=True)
+    y = ops.frame_step(xz, conv_state, ssm_state, *side)
+    return [*whole, y, conv_state, ssm_state, *ops.add_rms_norm(xz, torch.ones(xz.shape[-1]), xz)]
+
+
+def test_inference_calls_the_same_functions_without_the_dispatcher(monkeypatch):
+    with torch.no_grad():
+        through = _all_three()
+    ops_called = []
+    plain = CustomOpDef.__call__
+    monkeypatch.setattr(CustomOpDef, "__call__", lambda self, *args: (ops_called.append(self), plain(self, *args))[1])
+    with torch.inference_mode():
+        past = _all_three()
+    assert not ops_called, "an op went through the dispatcher"
+    assert all(torch.equal(a, b) for a, b in zip(through, past, strict=True))
+    with torch.no_grad():
+        _all_three()
+    assert len(ops_called) == 3
+
+
+def test_whoever_looks_sees_the_ops_in_inference_too():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    names = {"endomamba::frame_step", "endomamba::mixer_inner", "endomamba::add_rms_norm"}
+    with torch.inference_mode(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        _all_three()
+    assert names <= {row.key for row in profile.key_averages()}
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        _all_three()
+    assert counter.get_total_flops() > 0 and "endomamba.frame_step" in {str(op) for op in counter.flop_counts["Global"]}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .._backend import direct
 from .._checks import check_device, check_float, check_plan, check_shape, full_precision
 from .op import add_norm_op
 
@@ -74,5 +75,5 @@ def _add_norm(
             check_shape(name, label, tensor, expected, meaning)
     check_device(name, x.device, weight=weight, bias=bias, residual=residual, row_scale=row_scale)
     weight, bias, residual, row_scale = full_precision(weight, bias, residual, row_scale, dtype=x.dtype)
-    normed, new_residual, _ = add_norm_op(x, weight, bias, residual, row_scale, eps, layer_norm, plan, backend)
+    normed, new_residual, _ = direct(add_norm_op)(x, weight, bias, residual, row_scale, eps, layer_norm, plan, backend)
     return normed, new_residual

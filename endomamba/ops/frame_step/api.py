@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .._backend import check_backend
+from .._backend import check_backend, direct
 from .._checks import check_device, check_float, check_ndim, check_shape, full_precision, needs_grad
 from ..mixer_inner.api import _check_side
 from .op import frame_step_op
@@ -52,6 +52,6 @@ def frame_step(
     for name, state in (("conv_state", conv_state), ("ssm_state", ssm_state)):
         if state.dtype != A.dtype:
             raise ValueError(f"{op}: {name} is updated in place and must be {A.dtype}, got {state.dtype}")
-    return frame_step_op(
+    return direct(frame_step_op)(
         xz, conv_state, ssm_state, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_bias, A, D, backend
     )

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import _triton
-from .._backend import Backend, choose, register
+from .._backend import Backend, choose, plain_dtypes, register
 from .._native import unsupported
 from ..mixer_inner import compose
 from ..mixer_inner.compose import Side, Walk
@@ -39,7 +39,7 @@ def frame_step_op(
 ) -> Tensor:
     side = Side(conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_bias, A, D)
     walk = Walk(None, False, 0, 0, "invariant")
-    with torch.autocast(xz.device.type, enabled=False):
+    with plain_dtypes(xz.device):
         y, new_conv, new_ssm, *_ = choose("frame_step", backend, xz).fwd(
             xz, side, None, conv_state, ssm_state, walk, 1.0, True, False
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._backend import check_backend
+from .._backend import check_backend, direct
 from .._checks import (
     check_device,
     check_float,
@@ -126,7 +126,7 @@ def mixer_inner(
         initial_conv_state, initial_ssm_state, out_proj_weight, out_proj_bias,
         in_proj_weight, in_proj_bias,
     )  # fmt: skip
-    out, conv_state, ssm_state, *_ = mixer_inner_op(
+    out, conv_state, ssm_state, *_ = direct(mixer_inner_op)(
         *tensors, cu_seqlens, scale, reverse, walk, max_seqlen or 0, return_final_state,
         needs_grad(*tensors), effective_plan(plan), backend,
     )  # fmt: skip

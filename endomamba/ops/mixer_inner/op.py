@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import _triton
-from .._backend import Backend, choose, register
+from .._backend import Backend, choose, plain_dtypes, register
 from .._native import unsupported
 from .._scan import chunk_states_shape, empty, state_dtype
 from ..causal_conv1d import op as _conv  # noqa: F401  the composition calls its kernels
@@ -66,7 +66,7 @@ def mixer_inner_op(
     side = Side(conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_bias, A, D)
     side_b = _side_b(conv_weight_b, conv_bias_b, x_proj_weight_b, dt_proj_weight_b, dt_bias_b, A_b, D_b)
     walk = Walk(cu_seqlens, reverse, frames, max_seqlen, plan)
-    with torch.autocast(xz.device.type, enabled=False):  # the projections already have their dtype
+    with plain_dtypes(xz.device):
         return choose("mixer_inner", backend, xz).fwd(
             xz, side, side_b, initial_conv_state, initial_ssm_state, walk, scale, return_final_state, save_states,
             Linear(out_proj_weight, out_proj_bias), Linear(in_proj_weight, in_proj_bias),
@@ -137,7 +137,7 @@ def mixer_inner_backward_op(
     side = Side(conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_bias, A, D)
     side_b = _side_b(conv_weight_b, conv_bias_b, x_proj_weight_b, dt_proj_weight_b, dt_bias_b, A_b, D_b)
     walk = Walk(cu_seqlens, reverse, frames, max_seqlen, plan)
-    with torch.autocast(xz.device.type, enabled=False):
+    with plain_dtypes(xz.device):
         dxz, dside, dside_b, dconv, dssm, dout_proj, din_proj = choose("mixer_inner", backend, xz).bwd(
             dout, dconv_state, dssm_state, xz, side, side_b, initial_conv_state, initial_ssm_state,
             chunk_states, chunk_states_b, walk, scale,
