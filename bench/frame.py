@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="frames of 32 pixels, 4 layers, 6 frames")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default bench/results/DEVICE_frame.json")
+    parser.add_argument("--commit", metavar="SHA", help="to be written down where there is no git repository")
     parser.add_argument("--fresh", action="store_true", help="begin anew instead of adding to the file")
 
 
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
         args.frames, args.turn = 6, 6
     out = args.out or (None if args.quick else HERE / "results" / f"{'gpu' if gpu else 'cpu'}_frame.json")
     settings = {"threads": args.threads, "quick": args.quick}
-    result = opened(out, about(args.device) | settings, args.fresh)
+    result = opened(out, about(args.device, args.commit) | settings, args.fresh)
     setting = Setting(args, (32, 4) if args.quick else (224, None), (48, 64) if args.quick else HD)
     device = Gpu(args.device) if gpu else Cpu()
     wanted = [case for case in listed(setting) if any(word in case.name for word in args.only.split(","))]

@@ -65,7 +65,8 @@ class Options:
 
     @property
     def tolerance(self) -> float:
-        return cases.TOLERANCE["bf16" if self.device.startswith("cuda") else "fp32"]
+        """Of a whole model in bf16 twice that of an op: a plain ViT's activations alone cost it 1e-2."""
+        return 2 * cases.TOLERANCE["bf16"] if self.device.startswith("cuda") else cases.TOLERANCE["fp32"]
 
     @property
     def width(self) -> int:
