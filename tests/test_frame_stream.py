@@ -39,8 +39,8 @@ def model():
 
 
 def picture(number: int, height: int = SIZE, width: int = SIZE) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(number)
-    return torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(number)
+    return torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=generator, device="cpu")
 
 
 def batch(*numbers: int) -> torch.Tensor:
