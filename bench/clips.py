@@ -20,44 +20,38 @@ from endomamba.models.layers import DropPath
 FRAMES = 16
 
 
+Kind = Callable[[Options], Subject]
+
+
 def block_providers(options: Options) -> list[Provider]:
     """A spatial and a temporal block, one after the other."""
-    return [
-        *(provider(name, partial(Blocks, make), why) for name, make, why in endomambas(options)),
-        provider("attention twin", partial(Blocks, partial(Twin, options))),
-    ]
+    kinds = [*endomambas(options), ("attention twin", Twin, "")]
+    return [provider(name, partial(Blocks, kind, options), why) for name, kind, why in kinds]
 
 
 def clip_providers(options: Options) -> list[Provider]:
-    return [
-        *(provider(name, partial(Clips, make), why) for name, make, why in endomambas(options)),
-        provider("attention twin", partial(Clips, partial(Twin, options))),
-        provider("ViT, each frame alone", partial(Clips, partial(Alone, options))),
-    ]
+    kinds = [*endomambas(options), ("attention twin", Twin, ""), ("ViT, each frame alone", Alone, "")]
+    return [provider(name, partial(Clips, kind, options), why) for name, kind, why in kinds]
 
 
 def training_providers(options: Options) -> list[Provider]:
     """Forward and backward of the mean square of the answers; on a GPU fp32 weights under bf16 autocast."""
-    wide = replace(options, weights=torch.float32)
-    return [
-        *(provider(name, partial(Training, make), why) for name, make, why in endomambas(wide)),
-        provider("attention twin", partial(Training, partial(Twin, wide))),
-        provider("ViT, each frame alone", partial(Training, partial(Alone, wide))),
-    ]
+    options = replace(options, weights=torch.float32)
+    kinds = [*endomambas(options), ("attention twin", Twin, ""), ("ViT, each frame alone", Alone, "")]
+    return [provider(name, partial(Training, kind, options), why) for name, kind, why in kinds]
 
 
-def endomambas(options: Options) -> Iterator[tuple[str, Callable[[], Subject], str]]:
+def endomambas(options: Options) -> Iterator[tuple[str, Kind, str]]:
     for backend, why in reasons(options, "mixer_inner"):
-        yield f"EndoMamba, {backend}", partial(EndoMamba, options, backend), why
-    yield "mamba-ssm, eager", partial(Published, options), Published.missing()
+        yield f"EndoMamba, {backend}", partial(EndoMamba, backend=backend), why
+    yield "mamba-ssm, eager", Published, Published.missing()
 
 
 class Blocks:
     """The first of the spatial and of the temporal blocks, on tokens of a normal distribution."""
 
-    def __init__(self, make: Callable[[], Subject]):
-        self.subject = make()
-        self.options = self.subject.options
+    def __init__(self, kind: Kind, options: Options):
+        self.subject, self.options = kind(options), options
 
     def run(self, model: nn.Module, hidden: Tensor) -> Tensor:
         hidden, residual = model.spatial_blocks[0](hidden, None)
@@ -83,9 +77,8 @@ class Blocks:
 class Clips:
     """Logits of every frame of clips of 16 frames."""
 
-    def __init__(self, make: Callable[[], Subject]):
-        self.subject = make()
-        self.options = self.subject.options
+    def __init__(self, kind: Kind, options: Options):
+        self.subject, self.options = kind(options), options
         self.alone = isinstance(self.subject, Alone)
 
     def run(self, model: nn.Module, video: Tensor) -> Tensor:
@@ -111,16 +104,20 @@ class Clips:
 
 
 class Training(Clips):
-    """Its error is that of all parameters' gradients together, for two frames."""
+    """Its error is that of all parameters' gradients together, for two frames of 64 pixels and four layers: in fp64,
+    token by token, a whole model takes minutes.
+    """
 
     slack = 5.0  # times the error of an answer: a gradient has gone twice the way
 
-    def __init__(self, make: Callable[[], Subject]):
-        super().__init__(make)
-        for module in (*self.subject.model.modules(), *self.subject.wide.modules()):
-            module.training = True
-            if isinstance(module, DropPath):
-                module.rate = 0.0  # or each would drop rows of its own
+    def __init__(self, kind: Kind, options: Options):
+        super().__init__(kind, options)
+        self.small = kind(replace(options, size=64, depth=4))
+        for model in (self.subject.model, self.small.model, self.small.wide):
+            for module in model.modules():
+                module.training = True
+                if isinstance(module, DropPath):
+                    module.rate = 0.0  # or each would drop rows of its own
 
     def gradients(self, model: nn.Module, video: Tensor) -> tuple[Tensor | None, ...]:
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -133,9 +130,9 @@ class Training(Clips):
             return torch.autograd.grad(loss, parameters, allow_unused=True)
 
     def error(self) -> float:
-        video = torch.cat(self.subject.frames, 2)
-        got = self.gradients(self.subject.model, video)
-        truth = self.gradients(self.subject.wide, video.double())
+        video = torch.cat(self.small.frames, 2)
+        got = self.gradients(self.small.model, video)
+        truth = self.gradients(self.small.wide, video.double())
         return relative_error(joined(got), [joined(truth)])
 
     def prepare(self, mark: int) -> Prepared:

@@ -73,14 +73,15 @@ def chart(title: str, subtitle: str, x_name: str, y_name: str, lines: Sequence[L
     parts.append(segment(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM, "#555555", 1))
     names = spread_out([y(line.points[-1][1]) + 4 for line in lines])
     for i, (line, height) in enumerate(zip(lines, names, strict=True)):
-        parts += drawn(line, COLOURS[i % len(COLOURS)], x, y, height)
+        dash = "" if i < len(COLOURS) else ' stroke-dasharray="6 4"'
+        parts += drawn(line, COLOURS[i % len(COLOURS)], x, y, height, dash)
     return "\n".join([*parts, "</svg>", ""])
 
 
-def drawn(line: Line, colour: str, x: Axis, y: Axis, name_height: float) -> list[str]:
+def drawn(line: Line, colour: str, x: Axis, y: Axis, name_height: float, dash: str) -> list[str]:
     path = " ".join(f"{x(px):.1f},{y(py):.1f}" for px, py, _, _ in line.points)
     width = 3.5 if line.bold else 1.75
-    parts = [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}"/>']
+    parts = [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}"{dash}/>']
     for px, py, low, high in line.points:
         parts.append(segment(x(px), y(low), x(px), y(high), colour, 1))
         parts.append(f'<circle cx="{x(px):.1f}" cy="{y(py):.1f}" r="{3.5 if line.bold else 2.5}" fill="{colour}"/>')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -14,19 +15,15 @@ from bench.providers import Alone, EndoMamba, Options, Twin
 from tests.models.common import assert_state_matters, long_memory, make_video
 
 SMALL = Options(size=32, depth=4)
-MAKERS = {
-    "mamba": lambda: EndoMamba(SMALL, "cpu"),
-    "twin": lambda: Twin(SMALL),
-    "alone": lambda: Alone(SMALL),
-}
+KINDS = {"mamba": partial(EndoMamba, backend="cpu"), "twin": Twin, "alone": Alone}
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("part", ["Blocks", "Clips", "Training"])
 def test_right_by_its_reference_and_a_wrong_weight_is_seen(part, name):
     if (part, name) == ("Blocks", "alone"):
         pytest.skip("a ViT has no temporal block")
-    case = getattr(clips, part)(MAKERS[name])
+    case = getattr(clips, part)(KINDS[name], SMALL)
     allowed = SMALL.tolerance * getattr(case, "slack", 1.0)
     assert 0 < case.error() <= allowed
     with torch.inference_mode():
@@ -36,7 +33,8 @@ def test_right_by_its_reference_and_a_wrong_weight_is_seen(part, name):
         first, again = [first], [again]
     for one, other in zip(first, again, strict=True):
         assert (one is None and other is None) or torch.equal(one, other)
-    blocks = case.subject.model.blocks if name == "alone" else case.subject.model.layers
+    model = case.small.model if part == "Training" else case.subject.model
+    blocks = model.blocks if name == "alone" else model.layers
     weight = max(blocks[0].parameters(), key=torch.numel)
     with torch.no_grad():
         weight.mul_(1.01)
