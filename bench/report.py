@@ -1,7 +1,8 @@
-"""Tables and plots of a result of `python -m bench run`: markdown beside the file, SVG plots beside it or in --plots.
+"""Tables and plots of a result of `bench run` or `bench.bench_gpu`: markdown beside it, SVG there or in --plots.
 
     python -m bench report                                   # bench/results/cpu_run.json
     python -m bench report small.json --plots docs
+    python -m bench report bench/results/h200_scan.json      # of bench.bench_gpu: shares of the bound, a roofline
 
 Latency per frame against frames seen, and time against tokens, each with the 5th and 95th percentile; the fastest of a
 column is bold, whoever it is; what was not measured is listed with its reason.
@@ -14,6 +15,7 @@ import json
 import sys
 from pathlib import Path
 
+from bench import roofline
 from bench.svg import Line, chart
 
 DEFAULT = Path(__file__).parent / "results" / "cpu_run.json"
@@ -50,6 +52,13 @@ def main(args: argparse.Namespace) -> int:
         return 2
     folder = args.plots or args.file.parent
     folder.mkdir(parents=True, exist_ok=True)
+    if roofline.is_one(result):
+        written = {args.file.with_suffix(".md"): roofline.table(result)}
+        written[folder / f"{args.file.stem}_roofline.svg"] = roofline.plot(result)
+        for path, text in written.items():
+            path.write_text(text)
+            print(f"written to {path}")
+        return 0
     for part in parts_of(result):
         plot = folder / f"{args.file.stem}_{part}.svg"
         plot.write_text(plotted(part, rows, meta))

@@ -18,6 +18,7 @@ class Line(NamedTuple):
     name: str
     points: Sequence[tuple[float, float, float, float]]  # x, y, and the ends of its bar
     bold: bool = False
+    dots: bool = False  # points alone, not joined
 
 
 class Axis:
@@ -81,7 +82,8 @@ def chart(title: str, subtitle: str, x_name: str, y_name: str, lines: Sequence[L
 def drawn(line: Line, colour: str, x: Axis, y: Axis, name_height: float, dash: str) -> list[str]:
     path = " ".join(f"{x(px):.1f},{y(py):.1f}" for px, py, _, _ in line.points)
     width = 3.5 if line.bold else 1.75
-    parts = [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}"{dash}/>']
+    joined = f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}"{dash}/>'
+    parts = [] if line.dots else [joined]
     for px, py, low, high in line.points:
         parts.append(segment(x(px), y(low), x(px), y(high), colour, 1))
         parts.append(f'<circle cx="{x(px):.1f}" cy="{y(py):.1f}" r="{3.5 if line.bold else 2.5}" fill="{colour}"/>')

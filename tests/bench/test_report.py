@@ -98,3 +98,29 @@ def test_refused(content, tmp_path, capsys):
     assert main(["report", str(file)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("report: ") and re.search("is not a result|has no rows", line)
+
+
+def test_roofline(tmp_path, capsys):
+    """A kernel at its bound has a share of 1, and lies on its roof; the mistake of a factor would show."""
+    from bench import roofline
+
+    shape = [768, 49, 768, 16]
+    least = 1e6 * (768 * 49 * 768 * 18 + 768 * 49 * 768) / 4.06e12  # decays, softplus and gate
+    row = {
+        "case": "causal", "part": "forward", "ours": {"median_us": least}, "theirs": {"median_us": 5 * least},
+        "bytes": 1 << 28, "shape": shape, "dtype": "bf16",
+    }  # fmt: skip
+    meta = {
+        "gpu": "G", "torch": "2", "triton": "3", "driver": "5", "commit": "abc", "rounds": 7, "command": "python it"
+    }  # fmt: skip
+    result = {"meta": meta, "rows": [row, row | {"part": "no such"}, {"case": "host", "part": "time", "value": 1}]}
+    (scan,) = roofline.scans(result)
+    assert scan["bound"] == "exponentials" and scan["share"] == pytest.approx(1)
+    assert scan["updates"] == 768 * 49 * 768 * 16
+    file = tmp_path / "scan.json"
+    file.write_text(json.dumps(result))
+    assert main(["report", str(file)]) == 0
+    table = file.with_suffix(".md").read_text()
+    assert "| 5.0 |" in table and "| 100% |" in table and table.count("| causal |") == 1
+    drawn = (tmp_path / "scan_roofline.svg").read_text()
+    assert drawn.count("<circle") > 2 and "ours, forward" in drawn and "bound, backward" in drawn
