@@ -115,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"endomamba {__version__}")
     commands = parser.add_subparsers(
-        title="commands", required=True, metavar="{stream,features,demo,synth,data,finetune,eval,info}"
+        title="commands", required=True, metavar="{stream,features,demo,synth,data,pretrain,finetune,eval,info}"
     )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -232,6 +232,7 @@ def _add_training(commands: Any, common: argparse.ArgumentParser) -> None:
     check.set_defaults(run=_data_check)
 
     for name, run, text in (
+        ("pretrain", _pretrain, "teach an encoder from clips without labels; it goes on where it was stopped too"),
         ("finetune", _finetune, "train a recipe on a manifest; the same command goes on where it was stopped"),
         ("eval", _eval, "metrics of a recipe's weights on a manifest"),
     ):
@@ -248,7 +249,7 @@ def _add_training(commands: Any, common: argparse.ArgumentParser) -> None:
         )
         command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
         command.set_defaults(run=run)
-        if name == "finetune":
+        if name != "eval":
             command.add_argument("--out", type=Path, required=True, metavar="DIR")
         else:
             command.add_argument("--weights", type=Path, required=True)
@@ -847,7 +848,7 @@ def _synth(args: argparse.Namespace) -> int:
     return OK
 
 
-# ---- endomamba data, finetune, eval
+# ---- endomamba data, pretrain, finetune, eval
 
 
 def _data_manifest(args: argparse.Namespace) -> int:
@@ -874,7 +875,7 @@ def _data_check(args: argparse.Namespace) -> int:
     return DAMAGED if bad else OK
 
 
-def _recipe(args: argparse.Namespace) -> Any:
+def _recipe(args: argparse.Namespace, kind: Any) -> Any:
     """The recipe with what --set changes; a value is a Python literal, or else a word."""
     import ast
 
@@ -889,15 +890,27 @@ def _recipe(args: argparse.Namespace) -> Any:
             changes[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             changes[name] = value
-    return recipes.find(args.recipe, changes)
+    return recipes.find(args.recipe, changes, kind)
+
+
+def _pretrain(args: argparse.Namespace) -> int:
+    from .train import pretrain
+
+    return _train(args, pretrain.run, pretrain.PretrainConfig)
 
 
 def _finetune(args: argparse.Namespace) -> int:
-    from .train import finetune, manifest
+    from .train import finetune
+
+    return _train(args, finetune.run, finetune.FinetuneConfig)
+
+
+def _train(args: argparse.Namespace, run: Any, kind: Any) -> int:
+    from .train import manifest
     from .train.world import start_world
 
     with start_world(args.device) as world:
-        finetune.run(_recipe(args), manifest.read(args.data), args.out, world)
+        run(_recipe(args, kind), manifest.read(args.data), args.out, world)
         if world.rank == 0:
             print(f"written  {args.out / 'final.safetensors'}")
     return OK
@@ -907,7 +920,7 @@ def _eval(args: argparse.Namespace) -> int:
     from .train import finetune, manifest
     from .train.world import start_world
 
-    config, listed = _recipe(args), manifest.read(args.data)
+    config, listed = _recipe(args, finetune.FinetuneConfig), manifest.read(args.data)
     with start_world(args.device) as world:
         model = finetune.build(config, listed, args.weights, head=True).to(world.device)
         values = finetune.evaluate(config, model, listed, args.split, world)

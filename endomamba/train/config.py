@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..models import create_model
 from .data import ClipConfig, check_number
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,9 +63,25 @@ class TrainConfig:
             raise ValueError(f"{type(self).__name__}: needs 0 < epochs and warmup <= epochs, "
                              f"got {self.epochs} and {self.warmup}")  # fmt: skip
 
+    def autocast(self, device: torch.device) -> torch.autocast:
+        dtype = PRECISIONS[self.precision]
+        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
 
 # What may differ between a run and its continuation.
 FREE = ("workers", "log_every", "save_every", "eval_every", "keep", "max_bad_share")
+
+
+def create(name: str, options: dict[str, Any]) -> Any:
+    """`create_model` for square frames; ValueError for an option it does not have."""
+    try:
+        model: Any = create_model(name, **options)
+    except TypeError as error:
+        raise ValueError(f"model_options: {str(error).partition(' ')[2]}") from None
+    height, width = model.config.size
+    if height != width:
+        raise ValueError(f"training needs square frames, the model's are {height} x {width}")
+    return model
 
 
 def with_changes(config: Any, changes: dict[str, Any]) -> Any:

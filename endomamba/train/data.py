@@ -8,6 +8,7 @@ k asks for step k, however many batches the workers of the killed run had read a
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -22,9 +23,10 @@ from ..video import NORMALISATIONS, VideoError, VideoInfo, normalisation
 from .augment import CROPS, augment, centre
 from .manifest import DataError, Entry, Manifest
 
+log = logging.getLogger("endomamba")
+
 IGNORE = -100  # the label of a frame that counts in no loss and no metric
 ATTEMPTS = 10  # other clips tried where one cannot be decoded
-TO_MODEL = ("video", "label", "fresh", "key")
 
 
 class Sample(NamedTuple):
@@ -177,11 +179,18 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     for item in items:
         if "fatal" in item:
             return {"fatal": item["fatal"]}
-    batch: dict[str, Any] = {name: torch.stack([item[name] for item in items]) for name in TO_MODEL}
+    tensors = [name for name, value in items[0].items() if isinstance(value, Tensor)]
+    batch: dict[str, Any] = {name: torch.stack([item[name] for item in items]) for name in tensors}
     return batch | {
         "samples": [item["sample"] for item in items],
         "faults": [fault for item in items for fault in item["faults"]],
     }
+
+
+def left_out(batch: dict[str, Any]) -> None:
+    """Names in the log the clips that an evaluation goes without."""
+    for fault in batch["faults"]:
+        log.warning("a clip could not be decoded and is left out: %s", fault)
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -10,7 +10,6 @@ Letters: b clips or streams, t frames, k classes.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,16 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models import CheckpointError, EndoFM, EndoMamba, StreamState, create_model, load_checkpoint
-from .config import PRECISIONS, TrainConfig
-from .data import IGNORE, ClipDataset, ClipPlan, Normalise, Plan, Sample, StreamPlan, load, to_device
+from ..models import CheckpointError, EndoFM, EndoMamba, StreamState, load_checkpoint
+from .config import TrainConfig, create
+from .data import IGNORE, ClipDataset, ClipPlan, Normalise, Plan, Sample, StreamPlan, left_out, load, to_device
 from .data import check_number as _number
 from .loop import train
 from .manifest import DataError, Entry, Manifest
 from .metrics import scores, video_scores
 from .world import World
-
-log = logging.getLogger("endomamba")
 
 TASKS = ("classification", "phase")
 
@@ -163,19 +160,11 @@ def run(config: FinetuneConfig, manifest: Manifest, out: str | os.PathLike, worl
 def build(config: FinetuneConfig, manifest: Manifest, weights: str | os.PathLike, head: bool) -> Any:
     """The model with a head for the manifest's classes; weights: to load, "" for none; head: with theirs."""
     options = {"head": "classification"} if config.task == "classification" and config.model != "endofm" else {}
-    try:
-        model: Any = create_model(
-            config.model, **{**options, **config.model_options, "num_classes": len(manifest.classes)}
-        )
-    except TypeError as error:
-        raise ValueError(f"model_options: {str(error).partition(' ')[2]}") from None
+    model = create(config.model, {**options, **config.model_options, "num_classes": len(manifest.classes)})
     if config.memory == "carried" and not isinstance(model.init_state(1), StreamState):
         raise ValueError(f"memory='carried' needs a state of fixed size (endomamba_*), {config.model} has none")
     if config.task == "phase" and isinstance(model, EndoFM):
         raise ValueError(f"task='phase' needs a model that answers every frame of a clip, {config.model} does not")
-    height, width = model.config.size
-    if height != width:
-        raise ValueError(f"training needs square frames, the model's are {height} x {width}")
     if weights:
         if not Path(weights).exists():
             raise CheckpointError(f"{weights}: does not exist")
@@ -241,9 +230,9 @@ def _classify(config: FinetuneConfig, model: nn.Module, dataset: ClipDataset, mi
     pairs = []
     normalise = Normalise(config.clip.normalise, world.device)
     for batch in load(dataset, [samples[i : i + size] for i in range(0, len(samples), size)], config.workers, False):
-        _report(batch)
+        left_out(batch)
         moved = to_device(batch, world.device)
-        with _autocast(config, world):
+        with config.autocast(world.device):
             predicted = clip_logits(model, normalise(moved["video"])).argmax(1).cpu()
         pairs += list(zip(predicted.split(1), batch["label"][:, :1]))
     return pairs
@@ -256,13 +245,13 @@ def _phases(config: FinetuneConfig, model: Any, dataset: ClipDataset, mine: rang
     samples = [Sample(i, 0, i, at, at == 0, tail=True) for i, at in starts]
     videos: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for i in mine}
     for (i, start), batch in zip(starts, load(dataset, [[sample] for sample in samples], config.workers, False)):
-        _report(batch)
+        left_out(batch)
         inside = min(config.clip.frames, -(-(len(dataset.entries[i]) - start) // stride))
         for at, until in _cuts(start // stride, inside, config.reset):
             if (start == 0 and at == 0) or (config.reset and (start // stride + at) % config.reset == 0):
                 state = model.init_state(1)
             frames = normalise(batch["video"][:, :, at:until].to(world.device))
-            with _autocast(config, world):
+            with config.autocast(world.device):
                 logits, state = model.step(frames, state)
             videos[i].append((logits[0].argmax(1).cpu(), batch["label"][0, at:until]))
     return [tuple(torch.cat(column) for column in zip(*parts)) for parts in videos.values()]  # type: ignore[misc]
@@ -276,13 +265,3 @@ def _cuts(first: int, frames: int, every: int) -> list[tuple[int, int]]:
     """
     edges = [at for at in range(1, frames) if every and (first + at) % every == 0]
     return list(zip([0, *edges], [*edges, frames]))
-
-
-def _report(batch: dict[str, Any]) -> None:
-    for fault in batch["faults"]:
-        log.warning("a clip could not be decoded and is left out: %s", fault)
-
-
-def _autocast(config: FinetuneConfig, world: World) -> Any:
-    dtype = PRECISIONS[config.precision]
-    return torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)

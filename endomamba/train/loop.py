@@ -20,7 +20,7 @@ import json
 import logging
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from torch.utils import _pytree
 from ..models.state import CarriedState
 from ..ops._nvtx import nvtx_range
 from . import checkpoint
-from .config import FREE, PRECISIONS, TrainConfig
+from .config import FREE, TrainConfig
 from .data import ClipDataset, Plan, Shares, collate, load, share, to_device
 from .errors import NonFiniteLoss, TrainError, chain
 from .manifest import DataError, digest
@@ -68,7 +68,7 @@ def train(
     out: str | os.PathLike,
     world: World,
     *,
-    evaluate: Callable[[], dict[str, float]] | None = None,
+    evaluate: Callable[[], Mapping[str, float | Tensor]] | None = None,
     best: str = "",
     init_carry: Callable[[int], CarriedState] | None = None,
 ) -> None:
@@ -76,7 +76,8 @@ def train(
 
     step: batch -> NamedTuple with a scalar `loss`, a mean over its clips; what else is scalar in it is logged.
     batch: video (b, 3, t, h, w) uint8, label (b, t), fresh (b,), key (b,), samples; carry where there are streams.
-    evaluate: called on every process; `best`: the metric whose best weights are kept as best.safetensors.
+    evaluate: called on every process -> metrics, and pictures (h, w, 3) uint8, by name; `best`: the metric whose best
+        weights are kept as best.safetensors.
     init_carry: number of streams -> the state before their first frame.
 
     TrainError, NonFiniteLoss, DataError, SaveError and ValueError, each one sentence.
@@ -168,7 +169,7 @@ class _Run:
                 batch = {**self._next(batches), "carry": self.carries[part]}
             wait = part + 1 < config.accumulate and self.world.size > 1
             with self.stepper.no_sync() if wait else contextlib.nullcontext():
-                with nvtx_range("forward"), self._autocast():
+                with nvtx_range("forward"), self.config.autocast(self.world.device):
                     output = self.stepper(batch)
                 with nvtx_range("backward"):
                     self._backward(step, output.loss)
@@ -194,10 +195,6 @@ class _Run:
         random.seed(int(state[0]))
         np.random.seed(int(state[1]))
         torch.manual_seed(int(state[2]))
-
-    def _autocast(self) -> Any:
-        dtype = PRECISIONS[self.config.precision]
-        return torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32)
 
     def _next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
         batch = next(batches)
@@ -296,7 +293,7 @@ class _Run:
             clips = ", ".join(self.dataset.describe(sample) for sample in samples)
             batch = to_device(collate([self.dataset[s] for s in samples]), world.device)
             with _Watch(self.model) as watch:
-                with self._autocast():
+                with config.autocast(world.device):
                     loss = self.step({**batch, "carry": self.carries[part]}).loss
                 if watch.first or not torch.isfinite(loss):
                     return f"first non-finite layer: {watch.first or 'the loss itself'}; clips: {clips}"

@@ -6,9 +6,11 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from . import checkpoint
 from .config import TrainConfig
@@ -68,12 +70,26 @@ class Progress:
         if self.bar.disable:
             print(f"step {done} of {self.steps}: {text}", file=sys.stderr, flush=True)
 
-    def judged(self, done: int, values: dict[str, float]) -> None:
-        if self.active:
-            self._write(done, "eval", values)
-            text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+    def judged(self, done: int, values: Mapping[str, float | Tensor]) -> None:
+        """Numbers go to the log, pictures (h, w, 3) uint8 to TensorBoard and OUT/NAME-STEP.png."""
+        if not self.active:
+            return
+        self.at, self.clock = done, time.monotonic()
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                self._show(done, name, value)
+        numbers = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+        if numbers:
+            self._write(done, "eval", numbers)
+            text = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
             self.bar.write(f"step {done}, evaluated: {text}", file=sys.stderr)
-            self.at, self.clock = done, time.monotonic()
+
+    def _show(self, done: int, name: str, picture: Tensor) -> None:
+        from PIL import Image
+
+        self.board.add_image(f"eval/{name}", picture.numpy(), done, dataformats="HWC")
+        image = Image.fromarray(picture.numpy())
+        checkpoint.write_atomically(self.out / f"{name}-{done:08d}.png", lambda file: image.save(file, "PNG"))
 
     def _write(self, done: int, kind: str, values: dict[str, float]) -> None:
         self.lines.write(json.dumps({"step": done, "kind": kind, **values}) + "\n")

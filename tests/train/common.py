@@ -17,7 +17,7 @@ pytest.importorskip("av")
 pytest.importorskip("tensorboard")
 pytest.importorskip("torchmetrics")
 
-from endomamba.train import finetune, loop, manifest
+from endomamba.train import finetune, loop, manifest, pretrain
 from endomamba.train.config import with_changes
 from endomamba.train.data import ClipConfig
 from endomamba.train.world import World, start_world
@@ -75,7 +75,8 @@ def steps(config, entries, count):
 
 
 def fit(config, path, out, world=ONE):
-    return finetune.run(config, manifest.read(path), out, world)
+    run = pretrain.run if isinstance(config, pretrain.PretrainConfig) else finetune.run
+    return run(config, manifest.read(path), out, world)
 
 
 # ---- processes
