@@ -21,7 +21,7 @@ namespace endomamba::ENDOMAMBA_LEVEL {
 namespace {
 
 constexpr int64_t kSumBlock = 32;  // tokens summed in one go
-constexpr int64_t kAhead = 8;      // tokens: rows are too far apart for the hardware to see that they are next
+constexpr int64_t kAhead = 8;  // tokens: rows are too far apart for the hardware to see that they are next
 
 struct Lanes {
   vf v;
