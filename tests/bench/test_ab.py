@@ -143,7 +143,13 @@ def start(folder: Path, *words: str, env: dict | None = None) -> subprocess.Pope
     usual = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     env = usual | {"TMPDIR": str(folder.parent / "tmp")} | (env or {})
     command = [sys.executable, str(BENCH), "ab", *words]
-    return subprocess.Popen(command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipes = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, cwd=folder, env=env, preexec_fn=ctrl_c_counts, **pipes)
+
+
+def ctrl_c_counts() -> None:
+    """Also where the tests run in the background, whose processes inherit that it does not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(folder: Path, *words: str, env: dict | None = None) -> tuple[int, str, str]:
