@@ -8,6 +8,7 @@ https://github.com/state-spaces/mamba, https://github.com/Dao-AILab/causal-conv1
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -25,15 +26,15 @@ def missing(state: bool = False) -> str:
         import selective_scan_cuda
     except ImportError as error:
         return f"mamba-ssm and causal-conv1d are not installed ({error})"
-    if state and "prev_state" not in fwd_arguments(selective_scan_cuda.fwd):
+    if state and not takes_state(selective_scan_cuda.fwd):
         return "the installed selective_scan_cuda takes no state; that of the EndoMamba repository does"
     return ""
 
 
 @functools.cache
-def fwd_arguments(fwd) -> str:
-    """Of an extension function without names: "prev_state" where it takes a tenth argument."""
-    return "prev_state" if "arg9" in (fwd.__doc__ or "") else ""
+def takes_state(fwd: Callable) -> bool:
+    """Whether the extension's function, whose arguments have no names, has a tenth one."""
+    return "arg9" in (fwd.__doc__ or "")
 
 
 def with_published_kernels(model: nn.Module) -> nn.Module:
@@ -114,7 +115,7 @@ def carried_from(x: Tensor, A: Tensor, state: Tensor | None) -> tuple[Tensor, ..
     """What holds the state for the published scan, (product of decays, state) in turn; nothing for upstream's."""
     import selective_scan_cuda
 
-    if not fwd_arguments(selective_scan_cuda.fwd):
+    if not takes_state(selective_scan_cuda.fwd):
         return ()
     carried = torch.zeros(x.shape[0], A.shape[0], -(-x.shape[-1] // 2048), 2 * A.shape[1], device=x.device)
     carried[:, :, 0, 0::2] = 1

@@ -80,13 +80,23 @@ def _warn_once(op: str, seen: dict[str, list[str]]) -> None:
         log.warning("%s runs on the slow PyTorch reference (%s)", op, why)
 
 
+_DIRECT = all(
+    hasattr(owner, name)
+    for owner, name in (
+        (torch._C, "_len_torch_dispatch_stack"),
+        (torch._C, "_len_torch_function_stack"),
+        (torch.autograd, "_profiler_enabled"),
+    )
+)
+
+
 def direct(op: Callable) -> Callable:
     """The custom op, or in eager inference, while nothing looks at the dispatcher, the plain function under it.
 
-    In Python the dispatcher costs an op that mutates 40 us and the others 10 to 20: of a tiny model's frame on a CPU a
-    twentieth.  A profile, a FLOP counter, torch.compile, torch.export and fake tensors see the op as before.
+    A small op on a CPU is not much longer than its way through the dispatcher.  A profile, a FLOP counter,
+    torch.compile, torch.export and fake tensors see the op as before.  A torch without these private names: the op.
     """
-    if torch.compiler.is_compiling():  # first: Dynamo cannot trace what follows
+    if torch.compiler.is_compiling() or not _DIRECT:  # first: Dynamo cannot trace what follows
         return op
     watched = (
         not torch.is_inference_mode_enabled()
@@ -94,7 +104,7 @@ def direct(op: Callable) -> Callable:
         or torch._C._len_torch_function_stack() > 0
         or torch.autograd._profiler_enabled()
     )
-    return op if watched else op._init_fn
+    return op if watched else getattr(op, "_init_fn", op)
 
 
 def plain_dtypes(device: torch.device) -> AbstractContextManager:
