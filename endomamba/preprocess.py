@@ -1,9 +1,9 @@
 """From the picture of a decoder to the input of a model: one resize and one normalisation, for streams and training.
 
 The resize is torch's antialiased bilinear filter on uint8, in integers and rounded to uint8, as `torchvision`'s
-`Resize(antialias=True)` does it: the same bits for every layout, batch, device and instruction set.  A frame may be kept
-at the model's size in between without changing anything.  From a resize in floating point it differs by at most one of
-255 levels, and on a CPU it is faster.
+`Resize(antialias=True)` does it: the same bits for every layout, batch, device and instruction set.  A frame may be
+kept at the model's size in between without changing anything.  From a resize in floating point it differs by at most
+one of 255 levels, and on a CPU it is faster.
 """
 
 from __future__ import annotations

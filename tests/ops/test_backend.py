@@ -234,3 +234,12 @@ def test_whoever_looks_sees_the_ops_in_inference_too():
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         _all_three()
     assert counter.get_total_flops() > 0 and "endomamba.frame_step" in {str(op) for op in counter.flop_counts["Global"]}
+
+
+def test_a_torch_without_the_private_names_takes_the_op(monkeypatch):
+    from endomamba.ops.add_rms_norm.op import add_norm_op
+
+    with torch.inference_mode():
+        assert _backend.direct(add_norm_op) is not add_norm_op, "the shorter way is not taken here"
+        monkeypatch.setattr(_backend, "_DIRECT", False)
+        assert _backend.direct(add_norm_op) is add_norm_op
