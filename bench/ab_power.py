@@ -1,7 +1,7 @@
 """How often the gate is wrong on this machine: unchanged code against itself, and against a kernel made slower.
 
     python -m bench.ab_power [--runs 50] [--planted 25] [--only PATTERNS]
-    python -m bench.ab_power --device cuda --runs 20 --planted 10 --only 'selective_scan small-l3152'
+    python -m bench.ab_power --device cuda --runs 50 --planted 10 --planted-runs 20 --only 'selective_scan small-l3152'
 
 Every run is the gate of `python -m bench ab` with processes of its own; the worktrees are built once.  Writes
 bench/results/{cpu,cuda}_ab_power.json after each run, alarms and misses of a noisy minute included.
@@ -37,16 +37,14 @@ AGAIN = """[&](int64_t task) {{
                }});"""
 
 
-GPU_FILE = "endomamba/ops/_scan_triton.py"
-GPU_MORE = """
-
-_scan_fwd_alone = scan_fwd
-
-
-def scan_fwd(*args, **kwargs):
-    found = _scan_fwd_alone(*args, **kwargs)
-    torch.cuda._sleep({cycles})
-    return found
+GPU_KERNEL = "endomamba/ops/_scan_triton_fwd.py"
+GPU_LINE = "    lane = tl.arange(0, 32 * W)\n"
+SPIN = """    if Y:
+        tl.inline_asm_elementwise(
+            "{{ .reg .u32 s, n; .reg .pred p; mov.u32 s, %clock; AGAIN: mov.u32 n, %clock; sub.u32 n, n, s; "
+            "setp.lt.u32 p, n, {cycles}; @p bra AGAIN; mov.b32 $0, n; }}",
+            "=r,r", [lane], dtype=tl.int32, is_pure=False, pack=1,
+        )
 """
 
 
@@ -59,11 +57,13 @@ def planted(repo: Path, base: str, percent: int) -> str:
 
 
 def planted_on_gpu(repo: Path, base: str, percent: int, run: dict, device: str) -> str:
-    """A commit whose forward scan keeps the GPU `percent` of the first measured case longer, at its highest clock."""
+    """A commit whose forward kernel holds every program `percent` of the first measured case longer, at full clock."""
     (clock,) = machine.gpu_query(("clocks.max.sm",), device).values()
     cycles = int(run["cases"][0]["base_us"] * percent / 100 * float(clock.split()[0]))
-    text = git(repo, "show", f"{base}:{GPU_FILE}") + "\n"
-    return commit_with(repo, base, {GPU_FILE: text + GPU_MORE.format(cycles=cycles)})
+    text = git(repo, "show", f"{base}:{GPU_KERNEL}") + "\n"
+    if text.count(GPU_LINE) != 1:
+        raise SystemExit(f"ab_power: {GPU_KERNEL} no longer has the line to plant behind: {GPU_LINE.strip()}")
+    return commit_with(repo, base, {GPU_KERNEL: text.replace(GPU_LINE, GPU_LINE + SPIN.format(cycles=cycles))})
 
 
 def one_run(sides: tuple[Side, Side], options: Options, only: str, repo: Path) -> dict:
@@ -112,6 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--planted", type=int, default=25, metavar="PERCENT")
+    parser.add_argument("--planted-runs", type=int, metavar="RUNS", help="of the slower commit; default: --runs")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", default="selective_scan small-l197", metavar="PATTERNS", help="cases, as for ab")
     parser.add_argument("--out", type=Path)
@@ -133,8 +134,11 @@ def main() -> None:
         else:
             slow = planted_on_gpu(repo, base, args.planted, one_run(same, options, args.only, repo), args.device)
         other = stack.enter_context(checkouts(repo, base, slow, None, None))
-        for number in range(args.runs):
-            for (name, runs), sides in zip(experiments.items(), (same, other)):
+        planted_runs = args.runs if args.planted_runs is None else args.planted_runs
+        for number in range(max(args.runs, planted_runs)):
+            for (name, runs), sides, wanted in zip(experiments.items(), (same, other), (args.runs, planted_runs)):
+                if number >= wanted:
+                    continue
                 runs.append(one_run(sides, options, args.only, repo))
                 print(f"{number + 1:3} {name}: {runs[-1]}", flush=True)
             found = {name: summary(runs, "selective_scan") for name, runs in experiments.items()}

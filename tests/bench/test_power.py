@@ -18,11 +18,13 @@ def test_the_planted_line_is_there_and_repeats_that_much(percent):
     assert sum(task * percent // 100 != (task + 1) * percent // 100 for task in range(2000)) == 20 * percent
 
 
-def test_the_function_planted_on_a_gpu_is_looked_up_by_name():
-    """Its replacement at the end of the module is what runs."""
-    assert "\ndef scan_fwd(" in (ROOT / ab_power.GPU_FILE).read_text()
-    compile(ab_power.GPU_MORE.format(cycles=1000), "planted", "exec")
-    assert '"_scan_triton", "scan_fwd"' in (ROOT / "endomamba" / "ops" / "selective_scan" / "op.py").read_text()
+def test_the_kernel_planted_in_on_a_gpu_still_has_its_line():
+    """And the planted text is Python: it is inside the function."""
+    text = (ROOT / ab_power.GPU_KERNEL).read_text()
+    assert text.count(ab_power.GPU_LINE) == 1
+    planted = text.replace(ab_power.GPU_LINE, ab_power.GPU_LINE + ab_power.SPIN.format(cycles=1000))
+    compile(planted, "planted", "exec")
+    assert "setp.lt.u32 p, n, 1000;" in planted and "{ .reg" in planted
 
 
 def test_runs_are_counted():
