@@ -77,7 +77,7 @@ class Worker:
         self.cases = {f"{c['op']} {c['shape']} {c['backend']}": c for c in self.module["cases"](device)}
         self.name, self.call, self.truth = "", None, None
         if self.gpu:
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(int(device.partition(":")[2] or 0))
             self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
 
     def hello(self) -> dict:
