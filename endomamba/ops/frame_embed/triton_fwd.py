@@ -149,6 +149,7 @@ def frame_embed(
         None if t is None else t.contiguous() for t in (bias, positions, cls_token, scale, shift)
     )
     block_m, block_n, block_k, warps = _tile(TILES[weight.element_size()], b, n, c)
+    block_k = min(block_k, 32) if torch.version.hip else block_k  # gfx942 has too few registers for longer steps
     grid = (b * triton.cdiv(n, block_m), triton.cdiv(c, block_n))
     with on_device(frames):
         _frame_embed_kernel[grid](
@@ -184,5 +185,5 @@ def aot_cases() -> list[AotCase]:
         if form == "float":
             frames, norm = meta(b, 3, 224, 224, dtype=dtype), (None, None)
         args = (frames, weight, vector, meta(197, c, dtype=dtype), meta(b, dtype=torch.int64), vector, *norm, fp32)
-        cases.append(AotCase(name, frame_embed, args, slow=name not in ("c384-bf16", "c384-fp32")))
+        cases.append(AotCase(name, frame_embed, args, slow=name != "c384-bf16"))
     return cases
