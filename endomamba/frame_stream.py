@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .models import StreamState
+from .models import EndoMamba, StreamState
 from .models.state import Rows
-from .video import IMAGENET_MEAN, IMAGENET_STD, normalisation, to_input
+from .preprocess import IMAGENET_MEAN, IMAGENET_STD, normalisation, resize, to_input
 
 POSITIONS = ("processed", "elapsed")
 WARM_UP = 3  # frames before a capture: kernels are compiled, libraries choose theirs
@@ -75,6 +75,8 @@ class FrameStream:
             )
         self._pool: tuple[int, int] | None = None  # memory that the graphs share
         self._scale, self._shift = (t.to(self.device) for t in normalisation(mean, std))
+        # On a GPU the model's first kernel reads pictures; on a CPU normalising them apart costs as much.
+        self._gives_pictures = self.device.type == "cuda" and isinstance(model, EndoMamba)
         self._answer: Tensor | None = None  # (b, k)
         self._active = _Mailbox([True] * batch_size, torch.bool, self.device)
         self._gap = _Mailbox([0] * batch_size, torch.int64, self.device)
@@ -127,10 +129,12 @@ class FrameStream:
         return self._answer
 
     def _normalised(self, entry: _Input) -> Tensor:
-        """The buffer of frames -> (b, 3, 1, h, w) as the model takes it."""
+        """The buffer of frames -> (b, 3, 1, h, w), or pictures (b, h, w, 3), as the model takes them."""
         x = entry.frames
         if x.dtype == torch.uint8:
             size = tuple(x.shape[1:3]) if self._any_size else self.model.config.img_size
+            if self._gives_pictures:
+                return resize(x, size)
             x = to_input(x, size, self._scale, self._shift)
         return x.to(self._dtype).unsqueeze(2)
 
@@ -148,7 +152,8 @@ class FrameStream:
         state, before = self._state, self._before
         if self.positions == "elapsed":
             state.frame.add_(self._gap.buffer)
-        logits = self.model.step_(x, state)[:, 0]
+        normalisation = ((self._scale, self._shift),) if x.dtype == torch.uint8 else ()
+        logits = self.model.step_(x, state, *normalisation)[:, 0]
         if self._answer is None:
             with torch.inference_mode(False):
                 self._answer = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)

@@ -22,9 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.worker import CountDispatched
 from endomamba.models import create_model
-from endomamba.models.layers import temporal_positions
+from endomamba.ops.frame_embed import temporal_positions
 from endomamba.stream import FrameQueue, FrameStream, StreamSession
-from endomamba.video import Damage, Frame, VideoInfo, preprocess
+from endomamba.video import IMAGENET_MEAN, IMAGENET_STD, Damage, Frame, VideoInfo, normalisation, preprocess
 from tests.models.common import ROUNDING, assert_state_matters, awake, long_memory
 from tests.ops.backends import DEVICE
 
@@ -312,7 +312,8 @@ def test_frames_of_any_size_are_resized_as_in_training(model, shape):
     expected = torch.cat([outside(preprocess(frame, SIZE)) for frame in frames])
     torch.testing.assert_close(inside, expected, rtol=0, atol=TOLERANCE)
     with torch.inference_mode():
-        read = camera._normalised(camera._input(shape, True))[0, :, 0].cpu()
+        read = camera._normalised(camera._input(shape, True))[0].cpu()
+    read = preprocess(read, None) if read.dtype == torch.uint8 else read[:, 0]
     torch.testing.assert_close(read, preprocess(frames[-1], SIZE), rtol=0, atol=1e-3)
     plain = torch.nn.functional.interpolate(
         frames[-1].permute(2, 0, 1)[None].double() / 255, (SIZE, SIZE), mode="bilinear", antialias=True
@@ -393,7 +394,7 @@ def test_a_frame_asks_the_host_for_nothing():
 
 
 def test_what_a_frame_costs_beside_the_model(model):
-    """On a GPU a copy, two kernels that normalise, and frame_settle, which is two."""
+    """On a GPU a copy, and frame_settle, which is two kernels; the model's own first kernel normalises."""
     camera, frame = FrameStream(model, graph=False), picture(0).to(DEVICE)
     camera.warm_up()
     x, state = normalised(0).unsqueeze(2), model.init_state(1)
@@ -403,7 +404,36 @@ def test_what_a_frame_costs_beside_the_model(model):
         model.step_(x, state)
     names = ("copy_", "addcmul", "frame_settle", "where", "linalg", "add_", "mul", "fill", "empty", "zeros", "item")
     ours = {name: n for name, n in (whole.names - alone.names).items() if any(word in name for word in names)}
-    assert ours == {"aten.copy_.default": 1, "aten.addcmul.default": 1, "endomamba.frame_settle.default": 1}
+    normalises = {} if DEVICE == "cuda" else {"aten.addcmul.default": 1}
+    assert ours == {"aten.copy_.default": 1, "endomamba.frame_settle.default": 1, **normalises}
+
+
+@pytest.mark.parametrize("name", ["endomamba", "attention_twin"])
+@pytest.mark.parametrize("options", [{}, {"with_cls_token": False}, {"hold_position": True}], ids=str)
+def test_pictures_as_they_are_or_normalised_before(name, options):
+    """Both ways into the model, on any device: what a GPU does and what a CPU does."""
+    heads = {"num_heads": 2} if name == "attention_twin" else {}
+    model = create_model(name, img_size=SIZE, patch_size=8, embed_dim=16, depth=2, num_classes=3, **heads, **options)
+    torch.nn.init.normal_(model.patch_embed.proj.bias)
+    straight, apart = (FrameStream(model.to(DEVICE).eval(), 2, sizes=[(20, 30)], graph=False) for _ in "ab")
+    straight._gives_pictures, apart._gives_pictures = True, False
+    for i in range(3):
+        for frames in (batch(i, 9 + i), torch.stack([picture(i, 20, 30), picture(5 + i, 20, 30)])):
+            torch.testing.assert_close(straight(frames), apart(frames), rtol=0, atol=TOLERANCE)
+    assert straight.frames == apart.frames == [6, 6]
+
+
+def test_pictures_that_the_model_does_not_take(model):
+    scale, shift = (t.to(DEVICE) for t in normalisation(IMAGENET_MEAN, IMAGENET_STD))
+    pictures, state = batch(0).to(DEVICE), model.init_state(1)
+    with torch.inference_mode():
+        with pytest.raises(ValueError, match=r"EndoMamba: video must be \(b, 3, t, 16, 16\).* got \(1, 3, 1, 8, 16\)"):
+            model.step_(pictures[:, :8], state, (scale, shift))
+        with pytest.raises(ValueError, match="must be uint8 pictures, as normalisation is given, got"):
+            model.step_(pictures.float(), state, (scale, shift))
+        assert state.frame.tolist() == [0]
+        model.step_(pictures, state, (scale, shift))
+    assert state.frame.tolist() == [1]
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="there is one")

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from endomamba.models import create_model
-from endomamba.preprocess import IMAGENET_MEAN, IMAGENET_STD, NORMALISATIONS, _filtered, preprocess, resize
+from endomamba.ops import frame_resize
+from endomamba.preprocess import IMAGENET_MEAN, IMAGENET_STD, NORMALISATIONS, preprocess, resize
 
 SIZES = [(1080, 1920), (480, 640), (111, 191), (37, 64), (333, 77), (224, 224), (223, 225), (5, 300), (1, 1)]
 
@@ -62,10 +63,9 @@ def test_neither_batch_nor_layout_nor_place_in_between_changes_a_bit(stored):
 @pytest.mark.parametrize("size", [(224, 224), (77, 81), (300, 5)], ids=lambda size: "x".join(map(str, size)))
 @pytest.mark.parametrize("stored", SIZES[1:], ids=lambda size: "x".join(map(str, size)))
 def test_other_devices_get_the_same_bits(stored, size):
-    """What a GPU does, done here: the filter written out in integers."""
+    """The filter written out in integers, in PyTorch's operators."""
     x = frames(2, *stored)
-    got = _filtered(_filtered(x, -2, size[1]), -3, size[0])
-    assert torch.equal(got, resize(x, size))
+    assert torch.equal(frame_resize(x, size, backend="reference"), resize(x, size))
 
 
 def test_other_devices_do_not_ask_the_cpu():

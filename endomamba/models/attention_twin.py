@@ -297,8 +297,8 @@ class AttentionTwin(EndoMamba):
         )
         return features, after.keep_(self._memory)
 
-    def step_(self, frames: Tensor, state: CacheState) -> Tensor:
-        """`step` for inference: returns what `forward` returns and appends to `state`.
+    def step_(self, frames: Tensor, state: CacheState, normalisation: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """`step` for inference: returns what `forward` returns and appends to `state`; arguments as EndoMamba's.
 
         No host synchronisation.  Tensor shapes and addresses change from frame to frame, so a CUDA graph holds one
         length of the cache only, and `state.reserve_` before it.  RuntimeError where gradients are enabled.
@@ -308,18 +308,16 @@ class AttentionTwin(EndoMamba):
                 "AttentionTwin.step_ overwrites its state and has no gradient: call it under torch.inference_mode() "
                 "or torch.no_grad(), or use step, which returns the state"
             )
-        self._check_video(frames)
-        self._check_state(frames, state)
-        hidden, residual = self._embed(frames, self._frame_numbers(frames, state)), None
+        hidden, residual = self._embed_next(frames, state, normalisation), None
         for spatial in self.spatial_blocks:
             hidden, residual = spatial(hidden, residual)
-        new = frames.shape[2] * self.config.frame_tokens
+        new = hidden.shape[1] * self.config.frame_tokens
         state.reserve_(new).stop += new
         keys, values = state.held()
         for i, temporal in enumerate(self.temporal_blocks):
             hidden, residual = temporal.step_(hidden, residual, keys[i], values[i])
         state.keep_(self._memory)
-        state.frame.add_(frames.shape[2])
+        state.frame.add_(hidden.shape[1])
         features, _ = self.norm_f(hidden, residual)
         return self.head(features)
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops import frame_embed
+from ..ops.frame_embed import temporal_positions
 from ._registry import register_model
 from .config import EndoMambaConfig
 from .heads import ClassificationHead, build_head
@@ -24,7 +26,6 @@ from .layers import (
     resize_positions,
     run_block,
     take_tokens,
-    temporal_positions,
 )
 from .mixer import BidirectionalMixer, CausalMixer
 from .state import StreamState
@@ -150,9 +151,11 @@ class EndoMamba(nn.Module):
         )
         return features, after
 
-    def step_(self, frames: Tensor, state: StreamState) -> Tensor:
+    def step_(self, frames: Tensor, state: StreamState, normalisation: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """`step` for inference: returns what `forward` returns and overwrites `state`, allocating no new one.
 
+        normalisation: scale and shift of `endomamba.preprocess.normalisation`, on the model's device; then `frames` is
+        the next picture of each stream as it is, uint8 (b, h, w, 3) of a size that the model takes.
         No host synchronisation, so a CUDA graph can hold it.  RuntimeError where gradients are enabled.
         """
         if torch.is_grad_enabled():
@@ -160,16 +163,38 @@ class EndoMamba(nn.Module):
                 "EndoMamba.step_ overwrites its state and has no gradient: call it under torch.inference_mode() or "
                 "torch.no_grad(), or use step, which returns the state"
             )
-        self._check_video(frames)
-        self._check_state(frames, state)
-        hidden, residual = self._embed(frames, self._frame_numbers(frames, state)), None
+        hidden, residual = self._embed_next(frames, state, normalisation), None
         for spatial in self.spatial_blocks:
             hidden, residual = spatial(hidden, residual)
         for i, temporal in enumerate(self.temporal_blocks):
             hidden, residual = temporal.step_(hidden, residual, state.conv[i], state.ssm[i])
-        state.frame.add_(frames.shape[2])
+        state.frame.add_(hidden.shape[1])
         features, _ = self.norm_f(hidden, residual)
         return self.head(features)
+
+    def _embed_next(self, frames: Tensor, state: StreamState, normalisation: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Tokens (b, t, n, c) of what `step_` is given; of pictures in one op, which no gradient passes."""
+        if normalisation is None:
+            self._check_video(frames)
+            self._check_state(frames, state)
+            return self._embed(frames, self._frame_numbers(frames, state))
+        video = frames.movedim(-1, 1).unsqueeze(2)  # a view, for its shape
+        self._check_video(video, pictures=True)
+        self._check_state(frames, state)
+        proj, p = self.patch_embed.proj, self.config.patch_size
+        positions = resize_positions(self.pos_embed, self.config.grid, (video.shape[3] // p, video.shape[4] // p))
+        tokens = frame_embed(
+            frames,
+            proj.weight.squeeze(2),
+            proj.bias,
+            positions[0],
+            torch.zeros_like(state.frame) if self.config.hold_position else state.frame,
+            cls_token=self.cls_token.flatten() if self.config.with_cls_token else None,
+            normalisation=normalisation,
+            out_dtype=self.pos_embed.dtype,
+            backend=self.config.backend,
+        )
+        return self.pos_drop(tokens.unsqueeze(1))
 
     # ---- shared
 
@@ -222,8 +247,8 @@ class EndoMamba(nn.Module):
         layers, d = config.temporal_layers, config.inner_dim
         return {"conv": (layers, b, config.d_conv - 1, d), "ssm": (layers, b, d, config.d_state), "frame": (b,)}
 
-    def _check_video(self, video: Tensor) -> None:
-        check_video(type(self).__name__, video, self.config, self.pos_embed.device)
+    def _check_video(self, video: Tensor, pictures: bool = False) -> None:
+        check_video(type(self).__name__, video, self.config, self.pos_embed.device, pictures)
 
     def _check_state(self, frames: Tensor, state: StreamState) -> None:
         if not isinstance(state, StreamState):

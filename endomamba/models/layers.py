@@ -43,8 +43,11 @@ class PatchEmbed(nn.Module):
         return F.linear(patches.flatten(4).flatten(2, 3), weight.flatten(1), bias)
 
 
-def check_video(who: str, video: Tensor, config: MambaConfig, device: torch.device) -> None:
-    """ValueError, in one sentence that begins with `who`, for a video that this config does not take."""
+def check_video(who: str, video: Tensor, config: MambaConfig, device: torch.device, pictures: bool = False) -> None:
+    """ValueError, in one sentence that begins with `who`, for a video that this config does not take.
+
+    pictures: of uint8, not normalised.
+    """
     height, width = config.size
     size = "h, w" if config.dynamic_img_size else f"{height}, {width}"
     expected = f"video must be (b, {config.in_channels}, t, {size}) with t >= 1"
@@ -58,21 +61,11 @@ def check_video(who: str, video: Tensor, config: MambaConfig, device: torch.devi
     p = config.patch_size
     if video.shape[3] % p or video.shape[4] % p or 0 in video.shape[3:]:
         raise ValueError(f"{who}: height and width must be multiples of the patch size {p}, got {tuple(video.shape)}")
-    if not video.is_floating_point():
-        raise ValueError(f"{who}: video must be normalised floating point, got {video.dtype}")
+    if not (video.dtype == torch.uint8 if pictures else video.is_floating_point()):
+        kind = "uint8 pictures, as normalisation is given" if pictures else "normalised floating point"
+        raise ValueError(f"{who}: video must be {kind}, got {video.dtype}")
     if video.device != device:
         raise ValueError(f"{who}: video is on {video.device}, the model on {device}")
-
-
-def temporal_positions(frame: Tensor, channels: int) -> Tensor:
-    """frame: (...) int64 -> (..., c) fp32, channel 2i sin(frame / 10000^(2i/c)), channel 2i + 1 its cos.
-
-    Computed in fp64, where a published table of 8,192 rows was: equal rows below, and no limit above.
-    Not a buffer: `model.bfloat16()` would round it and `to_empty` would lose it.
-    """
-    i = torch.arange(channels // 2, dtype=torch.float64, device=frame.device)
-    angle = frame.double().unsqueeze(-1) / 10000 ** (2 * i / channels)
-    return torch.stack((angle.sin(), angle.cos()), -1).flatten(-2).float()
 
 
 def resize_positions(pos: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

@@ -25,12 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.frame_embed import temporal_positions
 from ..video import IMAGENET_MEAN, IMAGENET_STD
 from ._registry import register_model
 from .attention import Mlp, SelfAttention
 from .config import EndoMambaConfig, check_int, check_one_of, check_range
 from .endomamba import EndoMamba
-from .layers import check_video, run_block, take_tokens, temporal_positions
+from .layers import check_video, run_block, take_tokens
 from .masking import MASKS, draw_mask, split_places, visible_tokens
 
 PATCH_STD_EPS = 1e-6  # added to the standard deviation of a patch of pixels in [0, 1]

@@ -5,6 +5,8 @@ from ._nvtx import nvtx_ranges, start_if_asked
 from .add_rms_norm import add_layer_norm, add_rms_norm
 from .bidirectional_scan import bidirectional_scan
 from .causal_conv1d import bidirectional_conv1d, causal_conv1d
+from .frame_embed import frame_embed
+from .frame_resize import frame_resize
 from .frame_settle import frame_settle
 from .frame_step import frame_step
 from .mixer_inner import mixer_inner
@@ -18,6 +20,8 @@ __all__ = [
     "bidirectional_scan",
     "causal_conv1d",
     "explain",
+    "frame_embed",
+    "frame_resize",
     "frame_settle",
     "frame_step",
     "mixer_inner",

@@ -40,8 +40,13 @@ def _machine(device_type: str, index: int | None) -> tuple[str, ...]:
     return ()
 
 
+def no_device(x: Tensor, *_: Tensor | None) -> list[str]:
+    """`unsupported` of an op that does not read floating point."""
+    return list(_machine(x.device.type, x.device.index))
+
+
 def unsupported(x: Tensor, *_: Tensor | None) -> list[str]:
-    why = list(_machine(x.device.type, x.device.index))
+    why = no_device(x)
     if x.dtype not in DTYPES:
         why.append(FP64 if x.dtype == torch.float64 else f"{x.dtype} is not supported")
     return why
@@ -64,7 +69,9 @@ def lazy(package: str, module: str, name: str) -> Callable:
     return call
 
 
-def backend(package: str, fwd: str, bwd: str | None = None) -> Backend:
+def backend(
+    package: str, fwd: str, bwd: str | None = None, unsupported: Callable[..., list[str]] = unsupported
+) -> Backend:
     """The row of an op's table: `fwd` in triton_fwd.py, `bwd` in triton_bwd.py of its folder."""
     return Backend(
         lazy(package, "triton_fwd", fwd), None if bwd is None else lazy(package, "triton_bwd", bwd), unsupported

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from endomamba.models import StreamState
-from endomamba.models.layers import temporal_positions
+from endomamba.ops.frame_embed import temporal_positions
 from tests.models.common import BACKENDS, assert_close, assert_state_matters, long_memory, make_video
 from tests.ops.backends import Random
 

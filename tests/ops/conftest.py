@@ -1,4 +1,4 @@
-"""Under test fresh memory holds NaN, so a half-written output cannot pass; and which tests each run has."""
+"""Under test fresh memory holds NaN, bytes 0xA5, so a half-written output cannot pass; which tests each run has."""
 
 from pathlib import Path
 
@@ -33,6 +33,8 @@ def _poisoned(allocate):
         out = allocate(*args, **kwargs)
         if out.dtype.is_floating_point and not out.requires_grad:
             out.fill_(float("nan"))
+        elif out.dtype == torch.uint8:
+            out.fill_(0xA5)
         return out
 
     return wrapper

@@ -1,0 +1,3 @@
+from .api import frame_resize
+
+__all__ = ["frame_resize"]
