@@ -16,7 +16,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from .config import MambaConfig
 from .endofm import EndoFM, resize_nearest
 from .endomamba import EndoMamba
+from .framewise import FrameWise
 from .layers import resize_positions
 from .pretrain import PretrainEndoMamba
 from .videomamba import VideoMamba
@@ -68,7 +69,7 @@ class LoadReport:
 
 
 def load_checkpoint(
-    model: EndoMamba | VideoMamba | EndoFM | PretrainEndoMamba,
+    model: EndoMamba | VideoMamba | EndoFM | FrameWise | PretrainEndoMamba,
     path: str | os.PathLike[str],
     *,
     strict: bool = True,
@@ -78,11 +79,12 @@ def load_checkpoint(
     """Loads `path` into a model (EndoMamba, its attention twin, VideoMamba, Endo-FM) and says what went where.
 
     Files, EndoMamba: pre-training ({'model': ...} or bare, names under `encoder.`), phase ({'model': ...}),
-    classification ({'backbone_state_dict': ...}, names under `module.`); a PretrainEndoMamba takes the first of them
-    whole, decoder and all.  VideoMamba: for clips and for pictures ({'model': ...} or bare).  Endo-FM: pre-training
-    ({'teacher': ...} or bare, names under `backbone.`, SVT's too), classification ({'backbone_state_dict': ...,
-    'state_dict': the head}), TimeSformer ({'model_state': ...}, names under `model.`), a ViT for pictures, whose
-    attention and norm1 over a frame are taken for time too.  Any: a bare state dict, safetensors.
+    classification ({'backbone_state_dict': ...}, names under `module.`), segmentation (bare, names under `encoder.`,
+    `decoder.` and `segmentation_head.`); a PretrainEndoMamba takes the first of them whole, decoder and all.
+    VideoMamba: for clips and for pictures ({'model': ...} or bare).  Endo-FM: pre-training ({'teacher': ...} or bare,
+    names under `backbone.`, SVT's too), classification ({'backbone_state_dict': ..., 'state_dict': the head}),
+    TimeSformer ({'model_state': ...}, names under `model.`), a ViT for pictures, whose attention and norm1 over a frame
+    are taken for time too.  Any: a bare state dict, safetensors.
 
     strict: every name and shape must match, except that an `encoder.` file may lack cls_token, pos_embed and head, and
         hold decoders, a `backbone.` file may lack a head and hold that of pre-training, a ViT has no time_embed and
@@ -97,7 +99,7 @@ def load_checkpoint(
     CheckpointError: the file is not loadable, or would load nothing.
     """
     path = os.fspath(path)
-    layout = next((layout for kind, layout in LAYOUTS.items() if isinstance(model, kind)), ENDOMAMBA)
+    layout = _layout(model)
     if map_pos_embed and layout is not ENDOMAMBA:
         raise ValueError(
             f"load_checkpoint: map_pos_embed is for EndoMamba; positions of {layout.name} have the rows of the model"
@@ -105,13 +107,16 @@ def load_checkpoint(
     source, container = _unwrap(path, _read(path), layout)
     weights, remapped, skipped, optional = layout.rename(path, source)
     target = model.state_dict()
+    _leave_head(weights, remapped, skipped, target)
 
     if drop_head:
         for name in [name for name in weights if name.startswith("head.")]:
             skipped[name] = "drop_head=True"
             del weights[name]
     _check_head(path, weights, target)
-    if isinstance(model, EndoFM):
+    if isinstance(model, FrameWise):
+        pass  # only files of its own, which fit as they are
+    elif isinstance(model, EndoFM):
         _fit_tables(model, weights, remapped)
     elif "pos_embed" in weights:
         with_cls = getattr(model.config, "with_cls_token", True)
@@ -253,17 +258,21 @@ Renamed = tuple[dict[str, Tensor], dict[str, str], dict[str, str], tuple[str, ..
 
 
 def _rename_endomamba(path: str, source: Mapping[str, Tensor]) -> Renamed:
-    """Takes `encoder.` off."""
+    """Takes `encoder.` off and puts `head.` before the parts of a head."""
     weights, prefix = _strip_wrappers(source)
     skipped: dict[str, str] = {}
+    segments = any(name.startswith("segmentation_head.") for name in weights)  # else a decoder is that of pre-training
+    parts = ("vis_head.", "pos_head.", *(("decoder.", "segmentation_head.") if segments else ()))
     pretrained = any(name.startswith("encoder.layers.") for name in weights)
     if pretrained:
-        skipped = {name: "not part of the encoder" for name in weights if name.startswith(BESIDE_ENCODER)}
+        beside = [name for name in weights if name.startswith(BESIDE_ENCODER) and not name.startswith(parts)]
+        skipped = dict.fromkeys(beside, "not part of the encoder")
         weights = {name: t for name, t in weights.items() if name not in skipped}
         clash = [name for name in weights if f"encoder.{name}" in weights]
         if clash:
             raise CheckpointError(f"{path}: holds both {clash[0]} and encoder.{clash[0]}")
     renamed = {name: name.removeprefix("encoder.") if pretrained else name for name in weights}
+    renamed = {old: f"head.{new}" if new.startswith(parts) else new for old, new in renamed.items()}
     remapped = {prefix + old: new for old, new in renamed.items() if prefix + old != new}
     optional = NOT_PRETRAINED if pretrained else ()
     return {renamed[old]: t for old, t in weights.items()}, remapped, skipped, optional
@@ -310,7 +319,7 @@ def _rename_videomamba(path: str, source: Mapping[str, Tensor]) -> Renamed:
     return {**weights, name: patches.unsqueeze(2)}, remapped, {}, ("temporal_pos_embedding",)
 
 
-def _rename_pretrain(path: str, source: Mapping[str, Tensor]) -> Renamed:
+def _rename_nothing(path: str, source: Mapping[str, Tensor]) -> Renamed:
     weights, prefix = _strip_wrappers(source)
     return weights, {prefix + name: name for name in weights} if prefix else {}, {}, ()
 
@@ -343,7 +352,7 @@ VIDEOMAMBA = _Layout(
 PRETRAIN = _Layout(
     name="PretrainEndoMamba",
     containers=(("model",), ("state_dict",)),
-    rename=_rename_pretrain,
+    rename=_rename_nothing,
     layers="encoder.layers.",
     norm="encoder.norm_f",
 )
@@ -357,6 +366,25 @@ ENDOFM = _Layout(
 
 
 LAYOUTS: dict[type[nn.Module], _Layout] = {EndoFM: ENDOFM, VideoMamba: VIDEOMAMBA, PretrainEndoMamba: PRETRAIN}
+
+
+def _layout(model: nn.Module) -> _Layout:
+    if isinstance(model, FrameWise):
+        inner = _layout(model.encoder)
+        names = {"layers": f"encoder.{inner.layers}", "norm": f"encoder.{inner.norm}"}
+        return replace(inner, containers=(), rename=_rename_nothing, **names)
+    return next((layout for kind, layout in LAYOUTS.items() if isinstance(model, kind)), ENDOMAMBA)
+
+
+def _leave_head(
+    weights: dict[str, Tensor], remapped: dict[str, str], skipped: dict[str, str], target: Mapping[str, Tensor]
+) -> None:
+    """Of a published file whose head this model does not have, the encoder loads.  In place."""
+    for old, new in list(remapped.items()):
+        part = ".".join(new.split(".")[:2]) + "."
+        if new == f"head.{old}" and new in weights and not any(name.startswith(part) for name in target):
+            skipped[old] = "not part of the encoder"
+            del weights[new], remapped[old]
 
 
 def _fit_tables(model: EndoFM, weights: dict[str, Tensor], remapped: dict[str, str]) -> None:
@@ -471,7 +499,7 @@ def _check_size(path: str, weights: Mapping[str, Tensor], target: Mapping[str, T
 def _mismatch(got: Tensor, expected: Tensor) -> str:
     if got.shape != expected.shape:
         return f"shape {tuple(got.shape)} in the file, {tuple(expected.shape)} in the model"
-    if not got.is_floating_point():
+    if got.is_floating_point() != expected.is_floating_point():
         return f"{got.dtype} in the file, {expected.dtype} in the model"
     return ""
 
@@ -507,13 +535,18 @@ def _families(names: Iterable[str]) -> list[str]:
 
 
 def _shortened(remapped: Mapping[str, str]) -> dict[str, str]:
-    """One line for all names that only lost a prefix, and one for what differs in the number of a layer only."""
+    """One line for all names that lost or got a prefix only, one for what differs in the number of a layer only."""
     prefixes: dict[str, int] = {}
+    added: dict[str, int] = {}
     lines = {}
     for old, new in remapped.items():
         if old.endswith(new):
             prefix = old.removesuffix(new)
             prefixes[prefix] = prefixes.get(prefix, 0) + 1
+        elif new.endswith(old):
+            added[new.removesuffix(old)] = added.get(new.removesuffix(old), 0) + 1
         else:
             lines[_family(old)] = _family(new)
-    return {**{f"{prefix}*": f"* ({count} names)" for prefix, count in prefixes.items()}, **lines}
+    short = {f"{prefix}*": f"* ({count} names)" for prefix, count in prefixes.items()}
+    short |= {f"* to {prefix}*": f"{count} names" for prefix, count in added.items()}
+    return short | lines

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..ops._backend import NAMES
 
-HEADS = ("mean", "cls", "classification")
+HEADS = ("mean", "cls", "classification", "segmentation", "localisation")
 DT_INITS = ("published", "mamba")
 BACKENDS = ("auto", *NAMES)
 
@@ -84,7 +84,10 @@ class EndoMambaConfig(MambaConfig):
 
     num_spatial_layers: int | None = None  # None: the first half; the rest are temporal
     with_cls_token: bool = True
-    head: str = "mean"  # how a frame is pooled: "mean" of its tokens, "cls", or "classification" (cls, clips too)
+    # What answers a frame: logits from the "mean" of its tokens, from "cls" or by "classification" (cls, clips too), a
+    # mask ("segmentation", num_classes=2), or landmarks ("localisation", num_classes of them).
+    head: str = "mean"
+    head_width: int = 512  # of the decoder of masks and the MLPs of landmarks
     hold_position: bool = False  # the published phase test: temporal positions start at 0 in every step
 
     def __post_init__(self) -> None:
@@ -101,8 +104,11 @@ class EndoMambaConfig(MambaConfig):
                     f"{who}: num_spatial_layers must not exceed depth={self.depth}, got {self.num_spatial_layers}"
                 )
         check_one_of(who, "head", self.head, HEADS)
-        if not self.with_cls_token and self.head != "mean":
+        check_int(who, "head_width", self.head_width, 1)
+        if not self.with_cls_token and self.head in ("cls", "classification"):
             raise ValueError(f"{who}: head={self.head!r} reads the cls token, which with_cls_token=False removes")
+        if self.head == "segmentation" and self.dynamic_img_size:
+            raise ValueError(f"{who}: head='segmentation' draws masks of one size, not with dynamic_img_size=True")
 
     @property
     def spatial_layers(self) -> int:

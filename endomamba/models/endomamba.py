@@ -63,9 +63,10 @@ class EndoMamba(nn.Module):
 
     # ---- a clip at once
 
-    def forward(self, video: Tensor) -> Tensor:
+    def forward(self, video: Tensor) -> Tensor | dict[str, Tensor]:
         """video: (b, 3, t, h, w), normalised -> one vector a frame: logits (b, t, k), or features (b, t, c) with k = 0.
 
+        With head="segmentation" {"mask": (b, t, h, w)}, with "localisation" {"landmarks": (b, t, K, 3)}, see heads.py.
         Every head answers per frame.  A frame's vector depends on the frames up to it, never on later ones.
         """
         return self.head(self.forward_features(video))
@@ -124,7 +125,7 @@ class EndoMamba(nn.Module):
                 model=self.config.fingerprint,
             )
 
-    def step(self, frames: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
+    def step(self, frames: Tensor, state: StreamState) -> tuple[Tensor | dict[str, Tensor], StreamState]:
         """The next t >= 1 frames of each stream, (b, 3, t, h, w) -> what `forward` returns for them, and the new state.
 
         Functional and differentiable, through the state too; `state` stays as it was.
@@ -151,7 +152,9 @@ class EndoMamba(nn.Module):
         )
         return features, after
 
-    def step_(self, frames: Tensor, state: StreamState, normalisation: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def step_(
+        self, frames: Tensor, state: StreamState, normalisation: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor | dict[str, Tensor]:
         """`step` for inference: returns what `forward` returns and overwrites `state`, allocating no new one.
 
         normalisation: scale and shift of `endomamba.preprocess.normalisation`, on the model's device; then `frames` is

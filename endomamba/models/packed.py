@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-NAMES = ("logits", "features", "mask")
+NAMES = {"logits": "(b, t, k)", "features": "(b, t, k)", "mask": "(b, t, h, w)", "landmarks": "(b, t, K, 3)"}
 
 
 def packed(model: nn.Module) -> nn.Module:
@@ -25,7 +25,7 @@ class Packed(nn.Module):
     checks answers need not know.  `unpack` takes one frame's (k,) apart again.
 
     answer: one of the model's, with any b and t: logits (b, t, classes) or features (b, t, c), mask (b, t, h, w) logits
-    of "this pixel belongs to it".  At least one of the three, of the same size in every call.
+    of "this pixel belongs to it", landmarks (b, t, K, 3).  At least one of them, of the same size in every call.
     """
 
     def __init__(self, model: nn.Module, answer: dict[str, Tensor]) -> None:
@@ -36,9 +36,8 @@ class Packed(nn.Module):
                 f"Packed: a model may answer with {', '.join(NAMES)}, got {', '.join(unknown) or 'nothing'}"
             )
         for name, value in answer.items():
-            if value.ndim != (4 if name == "mask" else 3):
-                want = "(b, t, h, w)" if name == "mask" else "(b, t, k)"
-                raise ValueError(f"Packed: {name} must be {want}, got {tuple(value.shape)}")
+            if value.ndim != NAMES[name].count(",") + 1:
+                raise ValueError(f"Packed: {name} must be {NAMES[name]}, got {tuple(value.shape)}")
         self.model, self.config = model, model.config
         self.shapes = {name: tuple(answer[name].shape[2:]) for name in NAMES if name in answer}
         self.train(model.training)

@@ -1,6 +1,13 @@
-"""Crops, flips and colours, the same for all frames of a clip, drawn from a generator keyed by the caller."""
+"""Crops, flips, turns and colours, drawn from a generator keyed by the caller: the same for all frames of a clip, for
+its pictures as for its masks, boxes and landmarks.
+
+A `Change` is what was drawn.  Places are given from 0 to 1 across the picture, x to the right, so they need no size.
+"""
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,28 +18,95 @@ CROPS = ("none", "random", "multi_scale", "resized")
 Box = tuple[int, int, int, int]  # top, left, height, width
 
 
-def augment(clip: Tensor, size: int, crop: str, flip: float, jitter: float, rng: torch.Generator) -> Tensor:
-    """clip: (t, h, w, 3) uint8 -> (3, t, size, size) uint8.
+@dataclass(frozen=True)
+class Change:
+    """What is done to a picture of (h, w): cut out `box`, mirror, resize to size x size, turn, change the colours."""
 
-    crop: one of CROPS.  flip: how likely the picture is mirrored.  jitter: brightness, contrast and saturation are
-    each changed by a factor of up to 1 +- jitter.
-    """
-    video = clip.permute(3, 0, 1, 2)
-    if crop != "none":
-        top, left, height, width = _draw_box(crop, video.shape[2], video.shape[3], size, rng)
-        video = video[:, :, top : top + height, left : left + width]
-    if _uniform(rng) < flip:
-        video = video.flip(3)
-    video = resize(video, size)
-    if jitter:
-        video = _colours(video, [1 + jitter * (2 * _uniform(rng) - 1) for _ in range(3)])
-    return video.contiguous()
+    h: int
+    w: int
+    box: Box
+    size: int
+    flip: bool = False
+    colours: tuple[float, ...] = ()  # factors of brightness, contrast, saturation
+    turn: float = 0.0  # degrees, anticlockwise
+
+    def pictures(self, clip: Tensor) -> Tensor:
+        """(t, h, w, 3) uint8 -> (3, t, size, size) uint8, bilinear."""
+        top, left, height, width = self.box
+        video = clip.permute(3, 0, 1, 2)[:, :, top : top + height, left : left + width]
+        video = resize(video.flip(3) if self.flip else video, self.size)
+        if self.turn:
+            frames = video.transpose(0, 1).float()
+            frames = F.grid_sample(frames, self._grid().expand(len(frames), -1, -1, -1), align_corners=False)
+            video = frames.round_().to(torch.uint8).transpose(0, 1)
+        if self.colours:
+            video = _colours(video, self.colours)
+        return video.contiguous()
+
+    def masks(self, masks: Tensor, outside: int) -> Tensor:
+        """(t, H, W) of the same picture at any size -> (t, size, size), each pixel that of its middle.
+
+        outside: what a turn brings in.
+        """
+        top, left, height, width = self.box
+        middles = (torch.arange(self.size, dtype=torch.float64) + 0.5) / self.size
+        y, x = (top + middles * height) / self.h, (left + (1 - middles if self.flip else middles) * width) / self.w
+        rows, columns = ((z * n).long().clamp(max=n - 1) for z, n in zip((y, x), masks.shape[1:]))
+        out = masks[:, rows][:, :, columns]
+        if self.turn:
+            grid = (self._grid()[0] + 1) * self.size / 2  # pixels, from the border of the first one
+            inside = ((grid >= 0) & (grid < self.size)).all(-1)
+            at = grid.floor().long().clamp(0, self.size - 1)
+            out = torch.where(inside, out[:, at[..., 1], at[..., 0]], torch.tensor(outside, dtype=out.dtype))
+        return out.contiguous()
+
+    def points(self, xy: Tensor) -> Tensor:
+        """Places (..., 2) before -> after; outside of [0, 1) they are not in the picture any more."""
+        top, left, height, width = self.box
+        x, y = (xy[..., 0] * self.w - left) / width, (xy[..., 1] * self.h - top) / height
+        x = 1 - x if self.flip else x
+        if self.turn:
+            cos, sin = math.cos(math.radians(self.turn)), math.sin(math.radians(self.turn))
+            dx, dy = x - 0.5, y - 0.5
+            x, y = 0.5 + cos * dx + sin * dy, 0.5 - sin * dx + cos * dy
+        return torch.stack((x, y), -1)
+
+    def boxes(self, boxes: Tensor) -> Tensor:
+        """(..., 4), x0, y0, x1, y1 -> the same, cut off at the border; NaN where nothing is left of one."""
+        corners = self.points(boxes[..., [0, 1, 2, 1, 2, 3, 0, 3]].unflatten(-1, (4, 2)))
+        low, high = corners.amin(-2).clamp(0, 1), corners.amax(-2).clamp(0, 1)
+        found = torch.cat((low, high), -1)
+        gone = ~(high > low).all(-1, keepdim=True)
+        return found.masked_fill(gone, float("nan"))
+
+    def _grid(self) -> Tensor:
+        """(1, size, size, 2): where, from -1 to 1, each pixel of the turned picture was before."""
+        angle = math.radians(self.turn)
+        cos, sin = math.cos(angle), math.sin(angle)
+        shape = [1, 1, self.size, self.size]
+        return F.affine_grid(torch.tensor([[[cos, -sin, 0.0], [sin, cos, 0.0]]]), shape, align_corners=False)
 
 
-def centre(clip: Tensor, size: int) -> Tensor:
-    """(t, h, w, 3) uint8 -> (3, t, size, size), the middle; nothing is drawn."""
-    top, left = ((side - size) // 2 for side in clip.shape[1:3])
-    return clip.permute(3, 0, 1, 2)[:, :, top : top + size, left : left + size].contiguous()
+def draw(h: int, w: int, size: int, crop: str, flip: float, jitter: float, turn: float, rng: torch.Generator) -> Change:
+    """crop: one of CROPS.  flip: how likely the picture is mirrored.  jitter: brightness, contrast and saturation are
+    each changed by a factor of up to 1 +- jitter.  turn: by up to so many degrees either way."""
+    box = (0, 0, h, w) if crop == "none" else _draw_box(crop, h, w, size, rng)
+    mirrored = _uniform(rng) < flip
+    colours = tuple(1 + jitter * (2 * _uniform(rng) - 1) for _ in range(3)) if jitter else ()
+    angle = turn * (2 * _uniform(rng) - 1) if turn else 0.0
+    return Change(h, w, box, size, mirrored, colours, angle)
+
+
+def centre(h: int, w: int, size: int) -> Change:
+    """The middle, size x size; nothing is drawn."""
+    return Change(h, w, ((h - size) // 2, (w - size) // 2, size, size), size)
+
+
+def stretch(clip: Tensor) -> Tensor:
+    """(t, h, w, 3) uint8 -> the same, the least value of each frame 0 and the largest 255."""
+    x = clip.float()
+    low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
+    return ((x - low) * (255 / (high - low).clamp(min=1))).round_().to(torch.uint8)
 
 
 def resize(video: Tensor, size: int) -> Tensor:
@@ -57,7 +131,7 @@ def _draw_box(crop: str, h: int, w: int, size: int, rng: torch.Generator) -> Box
     return _below(h - height + 1, rng), _below(w - width + 1, rng), height, width
 
 
-def _colours(video: Tensor, factors: list[float]) -> Tensor:
+def _colours(video: Tensor, factors: tuple[float, ...]) -> Tensor:
     brightness, contrast, saturation = factors
     x = video.float() * brightness
     x = (x - x.mean()) * contrast + x.mean()

@@ -1,17 +1,17 @@
-"""Clips out of videos, and which of them step k trains on.
+"""Clips out of videos, with what is known of them.
 
 Everything random is drawn from a generator keyed by (seed, epoch, number of the sample), so a clip does not depend on
-the worker, the rank or the moment it is read in.  A plan is a function of the step alone: a run that is resumed at step
-k asks for step k, however many batches the workers of the killed run had read ahead.
+the worker, the rank or the moment it is read in.
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +20,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..clips import read_frames
 from ..video import NORMALISATIONS, VideoError, VideoInfo, normalisation
-from .augment import CROPS, augment, centre
-from .manifest import DataError, Entry, Manifest
+from .augment import CROPS, Change, centre, draw, stretch
+from .errors import DataError
+from .manifest import Entry, Manifest
+from .plan import Sample, generator, seed_of
+from .targets import BOXES, IGNORED, landmark_names, read_target
 
 log = logging.getLogger("endomamba")
 
@@ -29,36 +32,29 @@ IGNORE = -100  # the label of a frame that counts in no loss and no metric
 ATTEMPTS = 10  # other clips tried where one cannot be decoded
 
 
-class Sample(NamedTuple):
-    """Which clip to read.  number: of the sample within its epoch.  start: first frame within the entry; None: drawn.
-
-    fresh: a stream begins with it.  tail: frames behind the end of the entry are ignored, not repeated.
-    """
-
-    entry: int
-    epoch: int
-    number: int
-    start: int | None = None
-    fresh: bool = True
-    tail: bool = False
-
-
 @dataclass(frozen=True)
 class ClipConfig:
     """How a clip is cut out of a video and what is done to its pictures."""
 
-    frames: int = 16
+    frames: int = 16  # 0: all of an entry; such clips cannot share a batch
     stride: int = 1  # frames of the video from one frame of the clip to the next
     resize: str = "squash"  # to a square, or "short": the shorter side, in proportion
     decode: tuple[int, int] | None = None  # that side, drawn from this range; None: the model's; the first to evaluate
     crop: str = "none"
     flip: float = 0.0
     jitter: float = 0.0
+    turn: float = 0.0  # degrees either way
+    consistent: bool = True  # False: drawn anew for each frame, as some published recipes do
+    stretch: bool = False  # each frame to the full range of grey levels
     normalise: str = "imagenet"
 
     def __post_init__(self) -> None:
-        for name in ("frames", "stride"):
-            check_number(self, name, int, 1)
+        check_number(self, "frames", int, 0)
+        check_number(self, "stride", int, 1)
+        check_number(self, "turn", float, 0, 180)
+        for name in ("consistent", "stretch"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"ClipConfig: {name} must be True or False, got {getattr(self, name)!r}")
         for name in ("flip", "jitter"):
             check_number(self, name, float, 0, 1)
         for name, names in (("resize", ("squash", "short")), ("crop", CROPS), ("normalise", tuple(NORMALISATIONS))):
@@ -82,30 +78,33 @@ def check_number(config: Any, name: str, kind: type, least: float, most: float =
         raise ValueError(f"{type(config).__name__}: {name} must be {what} of at least {least}{upto}, got {value!r}")
 
 
-def _seed(*key: int) -> int:
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def generator(*key: int) -> torch.Generator:
-    return torch.Generator().manual_seed(_seed(*key))
-
-
-# ---- a clip
-
-
 class ClipDataset(Dataset):
     """dataset[Sample] -> video (3, t, size, size) uint8, label (t,) int64, fresh () bool, key () int64, sample, faults.
 
-    key: a seed of its own for each sample, for what else is drawn for it (masks).  faults: in words, the clips that
-    could not be decoded; another one is there in their place, or, with `tail`, a clip without labels.
+    targets: what else comes with a clip, of "mask" (t, size, size) uint8 of 0, 1, 255 (ignored), "box" (t, BOXES, 4),
+    "landmarks" (t, K, 3), see targets.py.  sets: 0, or so many classes of which several may hold: label is (t, sets)
+    then.  key: a seed of its own for each sample, for what else is drawn for it (masks of pre-training).  faults: in
+    words, the clips that could not be decoded; another one is there in their place, or, with `tail`, a clip without
+    labels.
     """
 
-    def __init__(self, manifest: Manifest, entries: Sequence[Entry], clip: ClipConfig, size: int, seed: int):
+    def __init__(
+        self,
+        manifest: Manifest,
+        entries: Sequence[Entry],
+        clip: ClipConfig,
+        size: int,
+        seed: int,
+        targets: Sequence[str] = (),
+        sets: int = 0,
+    ):
         self.files = [manifest.file(entry.path) for entry in entries]
         self.entries, self.clip, self.size, self.seed = tuple(entries), clip, size, seed
-        gone = next((file for file in self.files if not file.exists()), None)
-        if gone is not None:
-            raise DataError(f"{manifest.path}: {gone} does not exist; `endomamba data check` looks at all files")
+        self.sets = sets
+        self.targets = {name: [_beside(manifest, entry, name) for entry in entries] for name in targets}
+        for file in itertools.chain(self.files, *self.targets.values()):
+            if not file.exists():
+                raise DataError(f"{manifest.path}: {file} does not exist; `endomamba data check` looks at all files")
         if clip.decode is not None and clip.decode[0] < size:
             raise ValueError(f"ClipDataset: decode must be at least the model's {size} pixels, got {clip.decode}")
         self.train = True  # False: nothing is drawn, the middle is cut out
@@ -123,43 +122,78 @@ class ClipDataset(Dataset):
         asked = sample
         for _ in range(ATTEMPTS):
             try:
-                video, label = self._read(sample)
-                return self._item(asked, video, label, faults)
+                return self._item(asked, self._read(sample), faults)
             except VideoError as error:
                 faults.append(str(error))
                 if asked.tail or not self.train:
-                    empty = torch.zeros(3, self.clip.frames, self.size, self.size, dtype=torch.uint8)
-                    return self._item(asked, empty, torch.full((self.clip.frames,), IGNORE), faults)
+                    return self._item(asked, self._unreadable(asked), faults)
                 other = 1 + int(torch.randint(max(1, len(self.entries) - 1), (), generator=again))
                 sample = sample._replace(entry=(sample.entry + other) % len(self.entries), start=None)
-        # An exception would leave a worker with its traceback instead of its message.
+            except DataError as error:  # an exception would leave a worker with its traceback instead of its message
+                return {"fatal": str(error)}
         return {"fatal": f"{ATTEMPTS} clips in a row could not be decoded, the last: {faults[-1]}"}
 
-    def _item(self, sample: Sample, video: Tensor, label: Tensor, faults: list[str]) -> dict[str, Any]:
-        key = _seed(self.seed, sample.epoch, sample.number, sample.start or 0, 2)
-        fresh = torch.tensor(sample.fresh)
-        return {"video": video, "label": label, "fresh": fresh, "key": torch.tensor(key), "sample": sample,
-                "faults": faults}  # fmt: skip
+    def _item(self, sample: Sample, read: dict[str, Tensor], faults: list[str]) -> dict[str, Any]:
+        key = seed_of(self.seed, sample.epoch, sample.number, sample.start or 0, 2)
+        facts = {"fresh": torch.tensor(sample.fresh), "key": torch.tensor(key)}
+        return read | facts | {"sample": sample, "faults": faults}
 
-    def _read(self, sample: Sample) -> tuple[Tensor, Tensor]:
+    def _unreadable(self, sample: Sample) -> dict[str, Tensor]:
+        """A black clip of which nothing counts."""
+        t = self.clip.frames or len(self.entries[sample.entry])
+        shapes = {"mask": (self.size, self.size), "box": (BOXES, 4)}
+        if "landmarks" in self.targets:
+            shapes["landmarks"] = (len(landmark_names(self.targets["landmarks"][sample.entry])), 3)
+        clip = {"video": torch.zeros(3, t, self.size, self.size, dtype=torch.uint8), "label": self._no_label(t)}
+        return clip | {name: _ignored(name, torch.zeros(t, *shapes[name])) for name in self.targets}
+
+    def _no_label(self, t: int) -> Tensor:
+        return torch.full((t, self.sets) if self.sets else (t,), IGNORE)
+
+    def _read(self, sample: Sample) -> dict[str, Tensor]:
         clip, entry = self.clip, self.entries[sample.entry]
         # One draw for all windows of a stream: the picture must not jump where one window ends.
         rng = generator(self.seed, sample.epoch, sample.entry if sample.tail else sample.number)
-        span = (clip.frames - 1) * clip.stride + 1
+        count = clip.frames or -(-len(entry) // clip.stride)
+        span = (count - 1) * clip.stride + 1
         drawn = int(torch.randint(max(1, len(entry) - span + 1), (), generator=rng))
         start = drawn if sample.start is None else sample.start
-        numbers = entry.start + start + clip.stride * np.arange(clip.frames)
+        numbers = entry.start + start + clip.stride * np.arange(count)
         inside = numbers < entry.stop
         numbers = np.where(inside, numbers, numbers[inside][-1])
         pictures = read_frames(self.files[sample.entry], [int(n) for n in numbers], self._side(rng))
-        label = torch.full((clip.frames,), IGNORE)
-        if entry.label is not None:
-            label = torch.from_numpy(entry.labels()[numbers - entry.start])
+        changes = self._changes(*pictures.shape[:3], rng)
+        if clip.stretch:
+            pictures = stretch(pictures)
+        parts = zip(changes, pictures.split(count // len(changes)))
+        read = {"video": torch.cat([change.pictures(part) for change, part in parts], 1)}
+        read["label"] = self._label(entry, numbers - entry.start)
+        for name, paths in self.targets.items():
+            places = np.split(numbers, len(changes))
+            read[name] = torch.cat(
+                [read_target(name, paths[sample.entry], [int(n) for n in at], c) for c, at in zip(changes, places)]
+            )
         if sample.tail:
-            label = label.masked_fill(~torch.from_numpy(inside), IGNORE)
-        if self.train:
-            return augment(pictures, self.size, clip.crop, clip.flip, clip.jitter, rng), label
-        return centre(pictures, self.size), label
+            behind = ~torch.from_numpy(inside)
+            read["label"][behind] = IGNORE
+            for name in self.targets:
+                read[name][behind] = _ignored(name, read[name][behind])
+        return read
+
+    def _changes(self, t: int, h: int, w: int, rng: torch.Generator) -> list[Change]:
+        """One for all frames, or, where they need not be consistent, one for each."""
+        clip = self.clip
+        if not self.train:
+            return [centre(h, w, self.size)]
+        of = (h, w, self.size, clip.crop, clip.flip, clip.jitter, clip.turn)
+        return [draw(*of, rng) for _ in range(1 if clip.consistent else t)]
+
+    def _label(self, entry: Entry, places: np.ndarray) -> Tensor:
+        """places: of frames within the entry -> (t,) or (t, sets) int64."""
+        if entry.label is None:
+            return self._no_label(len(places))
+        labels = entry.label_sets(self.sets).astype(np.int64) if self.sets else entry.labels()
+        return torch.from_numpy(labels[places])
 
     def _side(self, rng: torch.Generator) -> Callable[[VideoInfo], tuple[int, int]]:
         least, most = self.clip.decode or (self.size, self.size)
@@ -172,6 +206,18 @@ class ClipDataset(Dataset):
             return round(info.height * side / shorter), round(info.width * side / shorter)
 
         return size
+
+
+def _beside(manifest: Manifest, entry: Entry, name: str) -> Path:
+    beside = getattr(entry, name)
+    if beside is None:
+        raise DataError(f"{manifest.path}: {entry} names no file for {name}")
+    return manifest.file(beside)
+
+
+def _ignored(name: str, target: Tensor) -> Tensor:
+    """A target of which nothing counts: pixels of 255, no box, landmarks whose visibility is NaN."""
+    return torch.full_like(target, IGNORED, dtype=torch.uint8) if name == "mask" else torch.full_like(target, np.nan)
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -208,104 +254,6 @@ class Normalise:
 
     def __call__(self, video: Tensor) -> Tensor:
         return torch.addcmul(self.shift, video.float(), self.scale)
-
-
-# ---- which clips
-
-
-class Plan(Protocol):
-    """plan(step): the samples of that step over all processes, always the same ones."""
-
-    per_epoch: float  # steps
-
-    def __call__(self, step: int) -> list[Sample]: ...
-
-
-class ClipPlan:
-    """Every clip of every entry once an epoch, in a new order each time.
-
-    A batch may begin in one epoch and end in the next, so that none is dropped.
-    """
-
-    def __init__(self, entries: int, batch_size: int, seed: int, clips_per_entry: int = 1):
-        self.entries, self.batch_size, self.seed = entries, batch_size, seed
-        self.epoch_size = entries * clips_per_entry
-        self.per_epoch = self.epoch_size / batch_size
-        self._order = functools.lru_cache(maxsize=2)(self._shuffle)
-
-    def __call__(self, step: int) -> list[Sample]:
-        samples = []
-        for i in range(step * self.batch_size, (step + 1) * self.batch_size):
-            epoch, place = divmod(i, self.epoch_size)
-            number = self._order(epoch)[place]
-            samples.append(Sample(number % self.entries, epoch, number))
-        return samples
-
-    def _shuffle(self, epoch: int) -> list[int]:
-        return torch.randperm(self.epoch_size, generator=generator(self.seed, epoch, -1 % 2**32)).tolist()
-
-
-class StreamPlan:
-    """`batch_size` streams walk through whole videos, a window a step; one that has ended goes on with the next video.
-
-    Row i of step k + 1 continues row i of step k, or is `fresh`.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, window: int, seed: int):
-        self.lengths, self.batch_size, self.window, self.seed = list(lengths), batch_size, window, seed
-        self.per_epoch = sum(-(-length // window) for length in lengths) / batch_size
-        self._restart()
-
-    def _restart(self) -> None:
-        self._step, self._drawn = -1, 0
-        self._rows: list[Sample] = []
-        self._order: list[int] = []
-
-    def _next_video(self) -> Sample:
-        epoch, place = divmod(self._drawn, len(self.lengths))
-        if place == 0:
-            self._order = torch.randperm(len(self.lengths), generator=generator(self.seed, epoch, -1 % 2**32)).tolist()
-        self._drawn += 1
-        return Sample(self._order[place], epoch, self._drawn - 1, start=0, fresh=True, tail=True)
-
-    def _continue(self, row: Sample) -> Sample:
-        start = (row.start or 0) + self.window
-        return row._replace(start=start, fresh=False) if start < self.lengths[row.entry] else self._next_video()
-
-    def __call__(self, step: int) -> list[Sample]:
-        """A step behind the last one is a few additions a row; one before it begins anew."""
-        if step < self._step:
-            self._restart()
-        while self._step < step:
-            rows = self._rows
-            self._rows = [self._continue(rows[i]) if rows else self._next_video() for i in range(self.batch_size)]
-            self._step += 1
-        return list(self._rows)
-
-
-def share(samples: list[Sample], rank: int, ranks: int, part: int, parts: int) -> list[Sample]:
-    """What one process reads for one of the parts it computes a step in; all shares together are the batch in order."""
-    size = len(samples) // (ranks * parts)
-    at = (rank * parts + part) * size
-    return samples[at : at + size]
-
-
-@dataclass(frozen=True)
-class Shares:
-    """Iterates over the batches of one process, from a step on: what a DataLoader asks for."""
-
-    plan: Plan
-    first: int
-    last: int
-    rank: int
-    ranks: int
-    parts: int
-
-    def __iter__(self) -> Iterator[list[Sample]]:
-        for step in range(self.first, self.last):
-            samples = self.plan(step)
-            for part in range(self.parts):
-                yield share(samples, self.rank, self.ranks, part, self.parts)
 
 
 def load(dataset: ClipDataset, batches: Any, workers: int, pin: bool) -> DataLoader:

@@ -1,8 +1,12 @@
-"""What ends a training with one sentence; bad data is a DataError, a full disk a SaveError."""
+"""What ends a training with one sentence; a full disk is a SaveError (checkpoint.py)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+
+
+class DataError(ValueError):
+    """The data cannot be used.  The message is one sentence that names the file, and the line where there is one."""
 
 
 class TrainError(RuntimeError):

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from ..models import CheckpointError, EndoFM, EndoMamba, StreamState, load_checkpoint
 from .config import TrainConfig, create
-from .data import IGNORE, ClipDataset, ClipPlan, Normalise, Plan, Sample, StreamPlan, left_out, load, to_device
+from .data import IGNORE, ClipDataset, Normalise, left_out, load, to_device
 from .data import check_number as _number
 from .loop import train
 from .manifest import DataError, Entry, Manifest
 from .metrics import scores, video_scores
+from .plan import ClipPlan, Plan, Sample, StreamPlan
 from .world import World
 
 TASKS = ("classification", "phase")

@@ -35,10 +35,11 @@ from ..models.state import CarriedState
 from ..ops._nvtx import nvtx_range
 from . import checkpoint
 from .config import FREE, TrainConfig
-from .data import ClipDataset, Plan, Shares, collate, load, share, to_device
+from .data import ClipDataset, collate, load, to_device
 from .errors import NonFiniteLoss, TrainError, chain
 from .manifest import DataError, digest
 from .optim import build_optimizer, param_groups, rate_at, set_rate
+from .plan import Plan, Shares, share
 from .progress import Progress
 from .world import World
 

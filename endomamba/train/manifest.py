@@ -5,9 +5,9 @@
     {"path": "b.mp4", "start": 0, "stop": 150, "label": 1, "mask": "b.truth.jsonl", "split": "val"}
 
 A line is a clip: frames start <= t < stop of a video file, a DICOM clip or a folder of pictures.  label: a class for
-the whole clip, or runs [class, frames] that add up to it, or null.  mask, box and landmarks: a file or folder that
-holds them, or null; these are carried along and checked for existence, truth files of the generator for their content.
-Paths are relative to the manifest.
+the whole clip, or runs [class, frames] that add up to it, or null; where several classes may hold at a time, as for
+surgical triplets, a run is [[class, ...], frames].  mask, box and landmarks: a file or folder that holds them, or null;
+targets.py says of which kinds.  Paths are relative to the manifest.
 """
 
 from __future__ import annotations
@@ -27,22 +27,20 @@ import numpy as np
 from ..clips import count_frames
 from ..sources import FolderReader
 from ..video import VideoError, open_video
+from .errors import DataError
+from .targets import TARGETS, check_targets
 
 KIND = "endomamba manifest"
 VERSION = 1
 SPLITS = ("train", "val", "test")
 VIDEOS = (".avi", ".dcm", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 
-Label = int | tuple[tuple[int, int], ...] | None
-
-
-class DataError(ValueError):
-    """The data cannot be used.  The message is one sentence that names the file, and the line where there is one."""
+Label = int | tuple[tuple[int | tuple[int, ...], int], ...] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Frames start <= t < stop of `path`.  label: a class, or runs (class, frames)."""
+    """Frames start <= t < stop of `path`.  label: a class, or runs (class, frames) or (classes, frames)."""
 
     path: str
     start: int
@@ -70,7 +68,7 @@ class Entry:
             raise ValueError(f"needs 0 <= start < stop, got start {self.start} and stop {self.stop}")
         if self.split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {self.split!r}")
-        for label, _ in self._runs():
+        for label in itertools.chain.from_iterable(_sets(label) for label, _ in self._runs()):
             if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < classes:
                 raise ValueError(f"label {label!r} is not one of the {classes} classes (0 to {classes - 1})")
         frames = sum(run for _, run in self._runs())
@@ -85,10 +83,27 @@ class Entry:
         values, runs = zip(*self._runs())
         return np.repeat(np.array(values, np.int64), runs)
 
-    def _runs(self) -> Sequence[tuple[int, int]]:
+    def label_sets(self, classes: int) -> np.ndarray:
+        """(frames, classes) bool: which hold in each."""
+        values, runs = zip(*self._runs())
+        rows = np.zeros((len(values), classes), bool)
+        for row, label in zip(rows, values):
+            row[list(_sets(label))] = True
+        return np.repeat(rows, runs, axis=0)
+
+    @property
+    def has_sets(self) -> bool:
+        """Whether its label names several classes a frame."""
+        return any(isinstance(label, tuple) for label, _ in self._runs())
+
+    def _runs(self) -> Sequence[tuple[int | tuple[int, ...], int]]:
         if self.label is None:
             return ()
         return ((self.label, len(self)),) if isinstance(self.label, int) else self.label
+
+
+def _sets(label: int | tuple[int, ...]) -> tuple[int, ...]:
+    return label if isinstance(label, tuple) else (label,)
 
 
 @dataclass(frozen=True)
@@ -152,7 +167,8 @@ def _json(path: Path, number: int, line: str) -> dict[str, Any]:
 def _entry(path: Path, number: int, row: dict[str, Any], classes: int) -> Entry:
     try:
         if isinstance(row.get("label"), list):
-            row["label"] = tuple((label, run) for label, run in row["label"])
+            runs = ((tuple(label) if isinstance(label, list) else label, run) for label, run in row["label"])
+            row["label"] = tuple(runs)
         entry = Entry(**row)
         entry.check(classes)
     except (TypeError, ValueError) as error:
@@ -266,7 +282,7 @@ def check(manifest: Manifest) -> Iterator[tuple[Entry, str]]:
         frames, why = known[entry.path]
         if not why and frames < entry.stop:
             why = f"frames up to {entry.stop} are listed, the file holds {frames}"
-        yield entry, why or _check_beside(manifest, entry)
+        yield entry, why or _check_beside(manifest, entry, frames)
 
 
 def _decode_all(path: Path) -> tuple[int, str]:
@@ -279,18 +295,15 @@ def _decode_all(path: Path) -> tuple[int, str]:
     return frames, str(reader.damage)
 
 
-def _check_beside(manifest: Manifest, entry: Entry) -> str:
-    for name in dict.fromkeys((entry.mask, entry.box, entry.landmarks)):
+def _check_beside(manifest: Manifest, entry: Entry, frames: int) -> str:
+    for target in TARGETS:
+        name = getattr(entry, target)
         if name is None:
             continue
         path = manifest.file(name)
         if not path.exists():
             return f"{name} does not exist"
-        if path.name.endswith(".truth.jsonl"):
-            from ..synthetic import load_truth
-
-            try:
-                load_truth(path, entry.start, entry.stop)
-            except ValueError as error:
-                return str(error)
+        why = check_targets(target, path, frames, entry.start, entry.stop)
+        if why:
+            return why
     return ""

@@ -24,9 +24,10 @@ from ..models import Pictures, PretrainEndoMamba, PretrainLoss, Teacher, list_mo
 from ..models.masking import MASKS
 from ..video import NORMALISATIONS
 from .config import TrainConfig, create
-from .data import ClipDataset, ClipPlan, Normalise, Sample, check_number, left_out, load
+from .data import ClipDataset, Normalise, check_number, left_out, load
 from .loop import train
 from .manifest import DataError, Manifest
+from .plan import ClipPlan, Sample
 from .world import World
 
 # Options of the student that are decided by fields here.

@@ -10,20 +10,16 @@ import torch
 from endomamba import cli, synthetic
 from endomamba.clips import count_frames, read_frames
 from endomamba.train import manifest
-from endomamba.train.augment import augment
+from endomamba.train.augment import draw as draw_change
 from endomamba.train.data import (
     IGNORE,
     ClipConfig,
     ClipDataset,
-    ClipPlan,
-    Sample,
-    StreamPlan,
     collate,
-    generator,
     load,
-    share,
 )
 from endomamba.train.manifest import DataError, Entry
+from endomamba.train.plan import ClipPlan, Sample, StreamPlan, generator, share
 from endomamba.video import VideoError, open_video, write_video
 
 from .common import SIZE, draw, make_data, number
@@ -231,6 +227,10 @@ def test_workers_change_nothing(data):
     assert len({int(key) for batch in alone for key in batch["key"]}) == len(videos)
 
 
+def augment(clip, size, crop, flip, jitter, rng):
+    return draw_change(*clip.shape[1:3], size, crop, flip, jitter, 0.0, rng).pictures(clip)
+
+
 def test_augmentation_is_the_same_for_all_frames():
     still = torch.randint(0, 255, (1, 40, 48, 3), dtype=torch.uint8).expand(5, -1, -1, -1)
     for crop in ("none", "random", "multi_scale", "resized"):
@@ -303,7 +303,9 @@ def test_missing_files_are_found_before_the_first_step(tmp_path):
 @pytest.mark.parametrize(
     "fields, why",
     [
-        ({"frames": 0}, "frames must be"),
+        ({"frames": -1}, "frames must be"),
+        ({"turn": 200}, "turn must be"),
+        ({"consistent": 1}, "consistent must be True or False"),
         ({"crop": "centre"}, "crop must be one of"),
         ({"flip": 2}, "flip must be"),
         ({"decode": (64, 32), "crop": "random"}, "decode must be"),

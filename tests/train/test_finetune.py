@@ -14,9 +14,10 @@ import torch
 from endomamba import cli
 from endomamba.models import CheckpointError, create_model
 from endomamba.train import finetune, manifest, recipes
-from endomamba.train.data import IGNORE, ClipDataset, Normalise, Sample, collate
+from endomamba.train.data import IGNORE, ClipDataset, Normalise, collate
 from endomamba.train.manifest import DataError, Entry
 from endomamba.train.metrics import scores, video_scores
+from endomamba.train.plan import Sample
 
 from .common import ONE, SIZE, TINY, finish, fit, make_data, start, steps, tiny
 

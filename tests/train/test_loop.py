@@ -22,10 +22,11 @@ from endomamba.models import create_model, load_checkpoint
 from endomamba.train import checkpoint, finetune, loop, manifest
 from endomamba.train.checkpoint import SaveError
 from endomamba.train.config import with_changes
-from endomamba.train.data import ClipDataset, ClipPlan
+from endomamba.train.data import ClipDataset
 from endomamba.train.errors import NonFiniteLoss, TrainError
 from endomamba.train.manifest import DataError
 from endomamba.train.optim import param_groups, rate_at
+from endomamba.train.plan import ClipPlan
 
 from .common import ONE, SIZE, TINY, fit, make_data, steps, tiny
 from .ddp_gradients import CASES, gradients

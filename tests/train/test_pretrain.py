@@ -18,9 +18,10 @@ from endomamba.models import PretrainEndoMamba, create_model, load_checkpoint
 from endomamba.models.pretrain import Pictures
 from endomamba.train import checkpoint, manifest, pretrain, recipes
 from endomamba.train.config import with_changes
-from endomamba.train.data import ClipConfig, ClipPlan, Normalise, Sample, Shares, collate
+from endomamba.train.data import ClipConfig, Normalise, collate
 from endomamba.train.manifest import DataError, Entry
 from endomamba.train.optim import build_optimizer, param_groups, set_rate
+from endomamba.train.plan import ClipPlan, Sample, Shares
 from endomamba.train.world import World
 
 from .common import ONE, SIZE, TINY, finish, fit, make_data, start, train_and_die
