@@ -922,8 +922,7 @@ def _eval(args: argparse.Namespace) -> int:
 
     config, listed = _recipe(args, finetune.FinetuneConfig), manifest.read(args.data)
     with start_world(args.device) as world:
-        model = finetune.build(config, listed, args.weights, head=True).to(world.device)
-        values = finetune.evaluate(config, model, listed, args.split, world)
+        values = finetune.judge(config, listed, args.weights, args.split, world)
         if world.rank == 0:
             print(json.dumps(values, indent=2))
     return OK

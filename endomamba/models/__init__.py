@@ -17,7 +17,8 @@ from .checkpoint import CheckpointError, LoadReport, load_checkpoint
 from .config import EndoMambaConfig
 from .endofm import EndoFM, EndoFMConfig, WindowState
 from .endomamba import EndoMamba
-from .heads import ClassificationHead, PhaseHead
+from .framewise import FrameWise
+from .heads import ClassificationHead, LocalisationHead, PhaseHead, SegmentationHead
 from .packed import Packed, packed
 from .pretrain import Pictures, PretrainConfig, PretrainEndoMamba, PretrainLoss
 from .state import StreamState
@@ -34,13 +35,16 @@ __all__ = [
     "EndoFMConfig",
     "EndoMamba",
     "EndoMambaConfig",
+    "FrameWise",
     "LoadReport",
+    "LocalisationHead",
     "Packed",
     "PhaseHead",
     "Pictures",
     "PretrainConfig",
     "PretrainEndoMamba",
     "PretrainLoss",
+    "SegmentationHead",
     "StreamState",
     "Teacher",
     "VideoMamba",

@@ -252,6 +252,16 @@ def _strip_wrappers(source: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], st
     return weights, prefix
 
 
+def _of_backbone(source: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str, dict[str, str]]:
+    """`_strip_wrappers`, and of a `FrameWise` the backbone alone -> also what is left out: why."""
+    weights, prefix = _strip_wrappers(source)
+    if not any(name.startswith("encoder.") for name in weights):
+        return weights, prefix, {}
+    left = {prefix + name: "not part of the backbone" for name in weights if not name.startswith("encoder.")}
+    inner = {name.removeprefix("encoder."): t for name, t in weights.items() if name.startswith("encoder.")}
+    return inner, f"{prefix}encoder.", left
+
+
 # Weights by their names in the model; {name in the file: name in the model}; {name in the file: why it is left out};
 # beginnings of names that the file need not have.
 Renamed = tuple[dict[str, Tensor], dict[str, str], dict[str, str], tuple[str, ...]]
@@ -283,18 +293,17 @@ def _rename_endofm(path: str, source: Mapping[str, Tensor]) -> Renamed:
 
     Beside `backbone.` there is the head of pre-training, which is no part of this model.
     """
-    weights, prefix = _strip_wrappers(source)
-    skipped: dict[str, str] = {}
+    weights, prefix, skipped = _of_backbone(source)
     inner = next((p for p in ("backbone.", "model.") if any(name.startswith(f"{p}blocks.") for name in weights)), "")
     if inner == "backbone.":
-        skipped = {prefix + name: "not part of the backbone" for name in weights if not name.startswith(inner)}
+        skipped |= {prefix + name: "not part of the backbone" for name in weights if not name.startswith(inner)}
     renamed = {name: name.removeprefix(inner) for name in weights if prefix + name not in skipped}
     renamed = {old: re.sub(r"^linear\.", "head.", new) for old, new in renamed.items()}
     if len(set(renamed.values())) < len(renamed):
         names = list(renamed.values())
         raise CheckpointError(f"{path}: holds {next(name for name in names if names.count(name) > 1)} twice")
     remapped = {prefix + old: new for old, new in renamed.items() if prefix + old != new}
-    optional: tuple[str, ...] = ("head.",) if inner == "backbone." else ()
+    optional: tuple[str, ...] = ("head.",) if skipped else ()
     result = {new: weights[old] for old, new in renamed.items()}
     if not any("temporal_" in name or name == "time_embed" for name in result):
         for old, new in renamed.items():
@@ -309,14 +318,15 @@ def _rename_endofm(path: str, source: Mapping[str, Tensor]) -> Renamed:
 
 def _rename_videomamba(path: str, source: Mapping[str, Tensor]) -> Renamed:
     """A file for pictures has a Conv2d where the model has a Conv3d over one frame, and no positions in time."""
-    weights, prefix = _strip_wrappers(source)
+    weights, prefix, skipped = _of_backbone(source)
+    optional = ("head.",) if skipped else ()
     remapped = {prefix + name: name for name in weights} if prefix else {}
     patches = weights.get("patch_embed.proj.weight")
     if patches is None or patches.ndim != 4:
-        return weights, remapped, {}, ()
+        return weights, remapped, skipped, optional
     name = "patch_embed.proj.weight"
     remapped[prefix + name] = f"{name} as a kernel over one frame"
-    return {**weights, name: patches.unsqueeze(2)}, remapped, {}, ("temporal_pos_embedding",)
+    return {**weights, name: patches.unsqueeze(2)}, remapped, skipped, (*optional, "temporal_pos_embedding")
 
 
 def _rename_nothing(path: str, source: Mapping[str, Tensor]) -> Renamed:

@@ -234,7 +234,9 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def left_out(batch: dict[str, Any]) -> None:
-    """Names in the log the clips that an evaluation goes without."""
+    """Names in the log the clips that an evaluation goes without; DataError where it cannot go on."""
+    if "fatal" in batch:
+        raise DataError(batch["fatal"])
     for fault in batch["faults"]:
         log.warning("a clip could not be decoded and is left out: %s", fault)
 

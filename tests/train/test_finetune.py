@@ -15,9 +15,11 @@ from endomamba import cli
 from endomamba.models import CheckpointError, create_model
 from endomamba.train import finetune, manifest, recipes
 from endomamba.train.data import IGNORE, ClipDataset, Normalise, collate
+from endomamba.train.evaluate import read_videos
 from endomamba.train.manifest import DataError, Entry
 from endomamba.train.metrics import scores, video_scores
 from endomamba.train.plan import Sample
+from endomamba.train.tasks import TASKS
 
 from .common import ONE, SIZE, TINY, finish, fit, make_data, start, steps, tiny
 
@@ -117,7 +119,7 @@ def test_evaluation_reads_each_video_once_as_a_stream(data, model, reset):
     clips = ClipDataset(listed, listed.entries, config.clip, SIZE, 0)
     clips.train = False
     with torch.no_grad():
-        pairs = finetune._phases(config, model.eval(), clips, range(4), ONE)
+        pairs = list(read_videos(config, model.eval(), clips, range(4), ONE, TASKS["phase"].predict))
     for i, (predicted, label) in enumerate(pairs):
         whole = ClipDataset(listed, listed.entries, finetune.replace(config.clip, frames=10), SIZE, 0)
         whole.train = False
@@ -260,7 +262,7 @@ def test_bad_input_is_one_sentence(data, tmp_path, capsys):
         f"weights={tmp_path / 'text.pth'}": "neither a PyTorch nor a safetensors file",
         "model=resnet": "no model is named 'resnet'",
         "model_options.size=3": "unexpected keyword argument 'size'", "speed=3": "has no field 'speed'",
-        "lr=fast": "lr must be a number", "task=classification": "for task='phase'", "speed": "must be FIELD=VALUE",
+        "lr=fast": "lr must be a number", "task=classification": "for tasks by frame", "speed": "must be FIELD=VALUE",
     }.items():  # fmt: skip
         assert why in says(capsys, *ours, "--set", setting), setting
     plain = ["--set", "model_options={}", "--set", "model=endofm"]
