@@ -9,6 +9,7 @@ import torch
 
 from ..models import create_model
 from .data import ClipConfig, check_number
+from .optim import SCHEDULES
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,6 +30,7 @@ class TrainConfig:
     optimizer: str = "adamw"
     lr: float = 1e-4
     min_lr: float = 0.0
+    schedule: str = "cosine"  # or "poly"
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)  # "sgd": the first is its momentum
     no_decay: tuple[str, ...] = ("pos_embed", "cls_token", "mask_token", "A_log", "A_b_log")
@@ -54,7 +56,8 @@ class TrainConfig:
             check_number(self, name, float, 0)
         for name in ("layer_decay", "max_bad_share"):
             check_number(self, name, float, 0, 1)
-        for name, names in (("precision", tuple(PRECISIONS)), ("optimizer", ("adamw", "sgd"))):
+        choices = {"precision": tuple(PRECISIONS), "optimizer": ("adamw", "sgd"), "schedule": SCHEDULES}
+        for name, names in choices.items():
             if getattr(self, name) not in names:
                 raise ValueError(f"{type(self).__name__}: {name} must be one of {names}, got {getattr(self, name)!r}")
         for name in ("betas", "no_decay", "layer_decay_only"):

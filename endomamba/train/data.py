@@ -38,9 +38,11 @@ class ClipConfig:
 
     frames: int = 16  # 0: all of an entry; such clips cannot share a batch
     stride: int = 1  # frames of the video from one frame of the clip to the next
+    most_stride: int = 0  # training: each step is drawn from stride to this; 0: all are stride
     resize: str = "squash"  # to a square, or "short": the shorter side, in proportion
     decode: tuple[int, int] | None = None  # that side, drawn from this range; None: the model's; the first to evaluate
     crop: str = "none"
+    centre: bool = True  # evaluating: the middle is cut out; False: the whole picture is squashed to the model
     flip: float = 0.0
     jitter: float = 0.0
     turn: float = 0.0  # degrees either way
@@ -51,8 +53,14 @@ class ClipConfig:
     def __post_init__(self) -> None:
         check_number(self, "frames", int, 0)
         check_number(self, "stride", int, 1)
+        check_number(self, "most_stride", int, 0)
+        if self.most_stride and (self.most_stride < self.stride or not self.frames):
+            raise ValueError(
+                f"ClipConfig: most_stride must be at least stride, of clips with frames >= 1, got {self.most_stride}, "
+                f"{self.stride} and {self.frames}"
+            )
         check_number(self, "turn", float, 0, 180)
-        for name in ("consistent", "stretch"):
+        for name in ("centre", "consistent", "stretch"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"ClipConfig: {name} must be True or False, got {getattr(self, name)!r}")
         for name in ("flip", "jitter"):
@@ -155,10 +163,13 @@ class ClipDataset(Dataset):
         # One draw for all windows of a stream: the picture must not jump where one window ends.
         rng = generator(self.seed, sample.epoch, sample.entry if sample.tail else sample.number)
         count = clip.frames or -(-len(entry) // clip.stride)
-        span = (count - 1) * clip.stride + 1
-        drawn = int(torch.randint(max(1, len(entry) - span + 1), (), generator=rng))
+        offsets = clip.stride * np.arange(count)
+        if clip.most_stride and self.train and not sample.tail:
+            steps = torch.randint(clip.stride, clip.most_stride + 1, (count - 1,), generator=rng)
+            offsets[1:] = steps.cumsum(0).numpy()
+        drawn = int(torch.randint(max(1, len(entry) - int(offsets[-1])), (), generator=rng))
         start = drawn if sample.start is None else sample.start
-        numbers = entry.start + start + clip.stride * np.arange(count)
+        numbers = entry.start + start + offsets
         inside = numbers < entry.stop
         numbers = np.where(inside, numbers, numbers[inside][-1])
         pictures = read_frames(self.files[sample.entry], [int(n) for n in numbers], self._side(rng))
@@ -197,9 +208,12 @@ class ClipDataset(Dataset):
 
     def _side(self, rng: torch.Generator) -> Callable[[VideoInfo], tuple[int, int]]:
         least, most = self.clip.decode or (self.size, self.size)
+        whole = not self.train and not self.clip.centre
         side = int(torch.randint(least, most + 1, (), generator=rng)) if self.train else least
 
         def size(info: VideoInfo) -> tuple[int, int]:
+            if whole:
+                return self.size, self.size
             if self.clip.resize == "squash":
                 return side, side
             shorter = min(info.height, info.width)

@@ -29,7 +29,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils import _pytree
 
 from ..models.state import CarriedState
 from ..ops._nvtx import nvtx_range
@@ -41,6 +40,8 @@ from .manifest import DataError, digest
 from .optim import build_optimizer, param_groups, rate_at, set_rate
 from .plan import Plan, Shares, share
 from .progress import Progress
+from .running import restore, running_statistics, share_out
+from .watch import Watch
 from .world import World
 
 log = logging.getLogger("endomamba")
@@ -125,6 +126,7 @@ class _Run:
         )
         self.carries = [init_carry(config.batch_size // parts) if init_carry else None] * config.accumulate
         self.bad = torch.full((), NEVER, device=world.device)  # the first step that was not finite
+        self.running = running_statistics(model)
         self.sums: dict[str, Tensor] = {}
         self.summed = 0  # steps in them
         self.faults = self.drawn = self.saved = 0
@@ -163,8 +165,8 @@ class _Run:
     def _update(self, step: int, batches: Iterator[dict[str, Any]]) -> None:
         config = self.config
         self._seed(step)
-        set_rate(self.optimizer, rate_at(step, self.steps, self.warmup, config.lr, config.min_lr))
-        carries = []
+        set_rate(self.optimizer, rate_at(step, self.steps, self.warmup, config.lr, config.min_lr, config.schedule))
+        carries, running = [], [statistic.clone() for statistic in self.running]
         for part in range(config.accumulate):
             with nvtx_range("load"):
                 batch = {**self._next(batches), "carry": self.carries[part]}
@@ -187,6 +189,7 @@ class _Run:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
+        restore(self.running, running, self.bad != NEVER)
         self.carries = [self._commit(*pair) for pair in zip(self.carries, carries)]
         self.summed += 1
 
@@ -255,6 +258,7 @@ class _Run:
         return dict(zip(names, values)) | facts
 
     def _judge(self, done: int, say: Progress) -> None:
+        share_out(self.running, self.world)
         self.model.eval()
         values = self.evaluate()
         self.model.train()
@@ -293,7 +297,7 @@ class _Run:
             samples = share(self.plan(step), world.rank, world.size, part, config.accumulate)
             clips = ", ".join(self.dataset.describe(sample) for sample in samples)
             batch = to_device(collate([self.dataset[s] for s in samples]), world.device)
-            with _Watch(self.model) as watch:
+            with Watch(self.model) as watch:
                 with config.autocast(world.device):
                     loss = self.step({**batch, "carry": self.carries[part]}).loss
                 if watch.first or not torch.isfinite(loss):
@@ -308,6 +312,7 @@ class _Run:
     # ---- checkpoints
 
     def _save(self, step: int) -> None:
+        share_out(self.running, self.world)
         mine = {
             "carries": [_tensors(carry) for carry in self.carries],
             "sums": {name: value.cpu() for name, value in self.sums.items()},
@@ -371,37 +376,3 @@ def _filled(carry: CarriedState | None, saved: dict[str, Tensor], device: torch.
     if carry is None:
         return None
     return replace(carry, **{name: tensor.to(device) for name, tensor in saved.items()})  # type: ignore[type-var]
-
-
-class _Watch:
-    """While it lasts: the first module whose output, and the first whose output's gradient, is not finite."""
-
-    def __init__(self, model: nn.Module):
-        self.first = self.first_gradient = ""
-        self._model = model
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> _Watch:
-        for name, module in self._model.named_modules():
-            self._handles.append(module.register_forward_hook(self._hook(name or type(module).__name__)))
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _hook(self, name: str) -> Callable[..., None]:
-        def gradient(grad: Tensor) -> None:
-            if not self.first_gradient and not grad.isfinite().all():
-                self.first_gradient = name
-
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            for tensor in _pytree.tree_leaves(output):
-                if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-                    continue
-                if not self.first and not tensor.isfinite().all():
-                    self.first = name
-                if tensor.requires_grad:
-                    tensor.register_hook(gradient)
-
-        return hook

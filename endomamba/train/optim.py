@@ -61,11 +61,19 @@ def build_optimizer(kind: str, groups: list[dict[str, Any]], betas: tuple[float,
     return torch.optim.SGD(groups, lr=0.0, momentum=betas[0], fused=True)
 
 
-def rate_at(step: int, steps: int, warmup: int, peak: float, least: float) -> float:
-    """Learning rate of update `step`: linear from 0 over `warmup` updates, then a cosine from peak to least."""
+SCHEDULES = ("cosine", "poly")
+
+
+def rate_at(step: int, steps: int, warmup: int, peak: float, least: float, schedule: str = "cosine") -> float:
+    """Learning rate of update `step`: linear from 0 over `warmup` updates, then from peak to least.
+
+    schedule: "cosine", or "poly": along (1 - progress) ** 0.9.
+    """
     if step < warmup:
         return peak * step / warmup
     progress = (step - warmup) / max(1, steps - warmup)
+    if schedule == "poly":
+        return least + (peak - least) * max(0.0, 1 - progress) ** 0.9
     return least + (peak - least) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 

@@ -53,6 +53,7 @@ class PretrainConfig(TrainConfig):
         if self.mask not in MASKS:
             raise ValueError(f"PretrainConfig: mask must be one of {MASKS}, got {self.mask!r}")
         check_number(self, "mask_ratio", float, 0, 1)
+        check_number(self.clip, "frames", int, 1)
         check_number(self, "align_weight", float, 0)
         check_number(self, "teacher_dim", int, 0)
         for name in DECIDED:

@@ -6,6 +6,7 @@ Published protocols are given as far as this trainer has their parts, and each s
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from .config import TrainConfig, with_changes
@@ -69,6 +70,22 @@ def phase_videos() -> FinetuneConfig:
 
 
 @recipe
+def cvc_segmentation() -> FinetuneConfig:
+    """CVC-ClinicDB as published: a whole video an update, frames changed independently of each other, its Dice.
+
+    Layout cvc is the published split, whose test videos are mostly in train too; cvc-clean has none in two splits.
+    Left out: the second stretching of each picture after it was changed, and decay of vectors.
+    """
+    return FinetuneConfig(
+        task="segmentation",
+        clip=ClipConfig(frames=0, decode=(256, 256), crop="random", flip=0.5, turn=5.0, consistent=False, stretch=True,
+                        centre=False),
+        epochs=150, batch_size=1, lr=1e-4, schedule="poly", weight_decay=0.05, no_decay=(), precision="fp32", seed=11,
+        eval_every=20, published_empty=True,
+    )  # fmt: skip
+
+
+@recipe
 def synthetic_phases() -> FinetuneConfig:
     """Phases of `endomamba synth` from scratch with carried state, small enough for a laptop."""
     return FinetuneConfig(
@@ -77,6 +94,31 @@ def synthetic_phases() -> FinetuneConfig:
         clip=ClipConfig(frames=32, flip=0.5, jitter=0.2),
         epochs=30, warmup=1, batch_size=4, lr=1e-3, min_lr=1e-5, clip_norm=1.0, workers=2, save_every=200,
     )  # fmt: skip
+
+
+def _synthetic(**changes: Any) -> FinetuneConfig:
+    """The model of synthetic-phases, reading clips of 16 frames."""
+    base = synthetic_phases()
+    return replace(base, memory="clip", clip=replace(base.clip, frames=16), clips_per_entry=8, batch_size=8, **changes)
+
+
+@recipe
+def synthetic_masks() -> FinetuneConfig:
+    """Polyps of `endomamba synth`, by a decoder an eighth as wide as the published one."""
+    config = _synthetic(task="segmentation")
+    return with_changes(config, {"model_options.head_width": 64, "clip.crop": "resized"})
+
+
+@recipe
+def synthetic_landmarks() -> FinetuneConfig:
+    """The six landmarks of `endomamba synth`."""
+    return with_changes(_synthetic(task="localisation"), {"model_options.head_width": 128})
+
+
+@recipe
+def synthetic_polyps() -> FinetuneConfig:
+    """Which type of polyp a clip shows, or none; of the layout synth-polyps."""
+    return replace(_synthetic(task="classification"), clips_per_entry=1)
 
 
 @recipe

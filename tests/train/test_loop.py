@@ -402,7 +402,7 @@ def test_exported_weights_load(data, tmp_path):
         ({"clip.speed": 1}, "ClipConfig has no field 'speed'"),
         ({"lr.x": 1}, "lr has no fields"),
         ({"task": "detection"}, "task must be one of"),
-        ({"task": "classification"}, "memory='carried' and reset are for task='phase'"),
+        ({"task": "classification"}, "memory='carried' and reset are for tasks by frame"),
         ({"model_options.num_classes": 3}, "num_classes is that of the manifest"),
     ],
 )
