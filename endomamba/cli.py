@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -217,9 +218,9 @@ def _add_training(commands: Any, common: argparse.ArgumentParser) -> None:
     manifest.add_argument(
         "--layout",
         required=True,
-        choices=("synth", "folders", "lists"),
-        help="what `endomamba synth` wrote; [train/] CLASS/*.mp4; videos/ and splits/train.csv of file,label",
+        help="synth, folders, lists, cvc, cholec80, ...; an unknown name lists them all",
     )
+    manifest.add_argument("--name", default="manifest", help="of the file, without .jsonl; default: %(default)s")
     manifest.add_argument("--overwrite", action="store_true", help="replace the manifest that is there")
     manifest.set_defaults(run=_data_manifest)
     check = actions.add_parser(
@@ -259,10 +260,13 @@ def _add_training(commands: Any, common: argparse.ArgumentParser) -> None:
 def _add_model_options(command: argparse.ArgumentParser) -> None:
     """What streaming a video through a model needs, whatever is done with the output."""
     command.add_argument("video", help=VIDEO_HELP)
-    command.add_argument("--model", default="endomamba_tiny", help="default: %(default)s")
+    command.set_defaults(classes=[])  # their names, where the weights say them
+    command.add_argument("--model", help="default: what the weights say, else endomamba_tiny")
     command.add_argument("--weights", type=Path, help="a published checkpoint or a safetensors file")
     command.add_argument(
-        "--head", default="mean", choices=("mean", "cls", "classification"), help="how a frame is pooled"
+        "--head",
+        choices=("mean", "cls", "classification", "segmentation", "localisation"),
+        help="what answers a frame, and how it is pooled; default: what the weights say, else mean",
     )
     command.add_argument(
         "--normalise",
@@ -345,7 +349,7 @@ def _stream(args: argparse.Namespace) -> int:
     with _Signals() as signals, open_source(args.video) as reader:  # a bad file is refused before the model is built
         model, trained = _model(args, text)
         camera = _camera(args, model, text)
-        names = _names(args.names, model.config.num_classes, trained)
+        names = _names(args.names, model, trained, args.classes)
         with _lines(args, JsonLines) as lines:
             folder = _folder_outputs(args, lines.path, names, reader.info.fps)
             reader.select(args.start, args.stop)
@@ -377,7 +381,6 @@ def _stream(args: argparse.Namespace) -> int:
 
 
 def _features(args: argparse.Namespace) -> int:
-    from .models import create_model
     from .outputs import Features
     from .sources import open_source
     from .stream import StreamSession
@@ -390,7 +393,7 @@ def _features(args: argparse.Namespace) -> int:
         model, _ = _model(args, text)
         if model.config.num_classes:  # what a head would have read
             weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")}
-            model = create_model(args.model, num_classes=0, head=args.head, backend=args.backend).eval()
+            model = type(model)(replace(model.config, num_classes=0)).eval()
             model.load_state_dict(weights)
         camera = _camera(args, model, text)
         reader.select(args.start, args.stop)
@@ -443,8 +446,12 @@ def _back_pressure(args: argparse.Namespace) -> str | None:
     return args.back_pressure and args.back_pressure.replace("-", " ")
 
 
-def _names(path: Path | None, classes: int, trained: bool) -> list[str]:
-    """The lines of a file, or the classes' numbers; nobody shall take random ones for findings."""
+def _names(path: Path | None, model: nn.Module, trained: bool, known: list[str]) -> list[str]:
+    """The lines of a file, what the weights say, or numbers; nobody shall take random ones for findings."""
+    config: Any = model.config
+    classes = 0 if config.head in ("segmentation", "localisation") else config.num_classes
+    if path is None and trained and len(known) == classes:
+        return known
     if path is None:
         return [f"class {label}" if trained else f"class {label} (random)" for label in range(classes)]
     names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -576,14 +583,19 @@ def _model(args: argparse.Namespace, text: Any) -> tuple[nn.Module, bool]:
     """-> the model in evaluation mode, and whether its labels mean anything."""
     import torch
 
-    from .models import CheckpointError, create_model, list_models, load_checkpoint
+    from .models import CheckpointError, create_model, described, list_models, load_checkpoint
 
+    found = described(args.weights) if args.weights is not None and args.model is None else None
+    args.model = args.model or (found.model if found else "endomamba_tiny")
     if args.model in list_models() and not args.model.startswith("endomamba"):
         raise UsageError(
             f"--model {args.model}: this command streams EndoMamba; attention_twin* and endofm stream from Python, "
             "with endomamba.stream.FrameStream"
         )
-    options: dict[str, Any] = {"num_classes": args.num_classes or 0, "head": args.head, "backend": args.backend}
+    given = {"num_classes": args.num_classes, "head": args.head, "backend": args.backend}
+    options: dict[str, Any] = dict(found.options) if found else {"num_classes": 0, "head": "mean"}
+    options |= {name: value for name, value in given.items() if value is not None}
+    args.head, args.classes = options["head"], list(found.classes) if found else []
     if args.weights is None:
         # At the published initialisation a state fades within one frame, and equality would prove nothing.
         options |= {"dt_init": "mamba", "dt_min": 1e-4, "dt_max": 1e-1}
@@ -592,7 +604,9 @@ def _model(args: argparse.Namespace, text: Any) -> tuple[nn.Module, bool]:
     if not hasattr(model, "step_"):
         raise UsageError(f"{args.model} cannot stream: it has no step for single frames")
     if args.weights is None:
-        if args.num_classes:  # at the published scale a random head gives every frame the same answer
+        if isinstance(
+            model.head, torch.nn.Linear
+        ):  # at the published scale a random head gives every frame the same answer
             torch.nn.init.normal_(model.head.weight, std=0.2)
         return model.eval(), False
     try:
@@ -604,9 +618,9 @@ def _model(args: argparse.Namespace, text: Any) -> tuple[nn.Module, bool]:
         model = create_model(args.model, **{**options, "num_classes": int(classes[1])})
         report = load_checkpoint(model, args.weights)
     print(report, file=text)
-    head = {"head.weight", "head.bias"} & set(report.missing)
+    head = any(name.startswith("head.") for name in report.missing)
     if head:
-        print("the weights have no head: its labels are random and mean nothing yet", file=text)
+        print("the weights have no head: its answers are random and mean nothing yet", file=text)
     return model.eval(), not head
 
 
@@ -853,11 +867,15 @@ def _synth(args: argparse.Namespace) -> int:
 
 def _data_manifest(args: argparse.Namespace) -> int:
     from .train import manifest
+    from .train.layouts import LAYOUTS
 
-    path = args.folder / "manifest.jsonl"
+    if args.layout not in LAYOUTS:
+        listed = "\n".join(f"  {name:<20} {layout.what}" for name, layout in LAYOUTS.items())
+        raise UsageError(f"there is no layout {args.layout!r}; there are\n{listed}")
+    path = args.folder / f"{args.name}.jsonl"
     if path.exists() and not args.overwrite:
         raise UsageError(f"{path} exists already: replace it with --overwrite")
-    written = manifest.write(path, *manifest.CONVERTERS[args.layout](args.folder))
+    written = manifest.write(path, *LAYOUTS[args.layout].convert(args.folder))
     counts = {split: sum(entry.split == split for entry in written.entries) for split in manifest.SPLITS}
     print(f"{path}: {', '.join(f'{count} {split}' for split, count in counts.items())}; "
           f"classes {', '.join(written.classes)}")  # fmt: skip

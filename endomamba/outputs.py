@@ -137,6 +137,7 @@ class AnnotatedVideo:
             image = image.resize([max(2, 2 * round(side * scale / 2)) for side in image.size], Image.Resampling.BICUBIC)
         if mask is not None:
             image = draw_mask(image, mask)
+        draw_landmarks(image, record.get("landmarks") or [])
         width, top = max(self.WIDTH, image.width), image.height
         unit = round(width / 42)
         canvas = Image.new("RGB", (width, top + 2 * (7 * unit // 2)), GROUND)
@@ -165,6 +166,10 @@ class AnnotatedVideo:
             return FAULT, f"output {record['fault']}: frame skipped", None
         if record["labels"]:
             return colour(record["labels"][0]), self.names[record["labels"][0]], record["probabilities"][0]
+        if record.get("mask_share") is not None:
+            return COLOURS[0], f"mask: {record['mask_share']:.1%} of the picture", None
+        if record.get("landmarks"):
+            return COLOURS[0], f"{sum(seen > 0.5 for seen, _, _ in record['landmarks'])} landmarks in sight", None
         change = record["change"]
         return COLOURS[0], "no head" if change is None else f"no head; change {change:.1e}", None
 
@@ -178,6 +183,15 @@ class AnnotatedVideo:
         pen.rectangle(box, fill=PANEL)
         for back, past in enumerate(reversed(self._ribbon)):
             pen.rectangle((right - (back + 1) * step, top, right - back * step - 1, bottom), fill=past)
+
+
+def draw_landmarks(image: Image.Image, landmarks: list[list[float]]) -> None:
+    """A ring around each that is likelier in sight than not, in a colour of its own; in place."""
+    pen, radius = ImageDraw.Draw(image), max(3, max(image.size) // 60)
+    for number, (seen, x, y) in enumerate(landmarks):
+        if seen > 0.5:
+            left, top = x * image.width - radius, y * image.height - radius
+            pen.ellipse((left, top, left + 2 * radius, top + 2 * radius), outline=colour(number), width=radius // 3)
 
 
 def draw_mask(image: Image.Image, mask: Tensor, veil: float = 0.3) -> Image.Image:

@@ -376,8 +376,10 @@ class StreamSession:
             where = f"frame {event['first']}" if event["from"] is None else f"{event['from']:.3f} s"
             self.report(f"the picture is {event['what']} since {where}, for {event['frames']} frames now")
         finite = bool(values.isfinite().all())
-        values, mask, has_labels = _parts(camera.model, values)
+        values, mask, marks, has_labels = _parts(camera.model, values)
         record = self.record(frame, values if finite else None, spans, has_labels=has_labels)
+        if marks is not None:
+            record["landmarks"] = _landmarks(marks) if finite else None
         record["mask_share"] = round(float((mask > 0).float().mean()), 6) if finite and mask is not None else None
         self.write(record)
         for add in self.outputs:
@@ -470,14 +472,21 @@ class StreamSession:
         }
 
 
-def _parts(model: nn.Module, values: Tensor) -> tuple[Tensor, Tensor | None, bool]:
-    """-> the output (k,), the mask (h, w) or None, whether the output is logits.  A mask alone is the output too."""
+def _parts(model: nn.Module, values: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:
+    """-> the output (k,), the mask (h, w) and the landmarks (K, 3) or None, whether the output is logits.
+
+    A mask alone is the output too, and so are landmarks.
+    """
     if not isinstance(model, Packed):
-        return values, None, bool(model.config.num_classes)
+        return values, None, None, bool(model.config.num_classes)
     parts = model.unpack(values)
-    mask = parts.get("mask")
-    others = [parts[name] for name in ("logits", "features") if name in parts]
-    return others[0] if others else mask.flatten(), mask, "logits" in parts
+    output = next(parts[name] for name in ("logits", "features", "mask", "landmarks") if name in parts)
+    return output.flatten(), parts.get("mask"), parts.get("landmarks"), "logits" in parts
+
+
+def _landmarks(marks: Tensor) -> list[list[float]]:
+    """(K, 3), logit of being visible, x, y -> probability, x and y from 0 to 1 across the picture."""
+    return [[round(float(v), 6) for v in (logit.sigmoid(), x, y)] for logit, x, y in marks]
 
 
 class Trace:

@@ -15,6 +15,7 @@ from ._registry import create_model, list_models, register_model
 from .attention_twin import AttentionTwin, AttentionTwinConfig, CacheState
 from .checkpoint import CheckpointError, LoadReport, load_checkpoint
 from .config import EndoMambaConfig
+from .described import Described, describe, described
 from .endofm import EndoFM, EndoFMConfig, WindowState
 from .endomamba import EndoMamba
 from .framewise import FrameWise
@@ -31,6 +32,7 @@ __all__ = [
     "CacheState",
     "CheckpointError",
     "ClassificationHead",
+    "Described",
     "EndoFM",
     "EndoFMConfig",
     "EndoMamba",
@@ -51,6 +53,8 @@ __all__ = [
     "VideoMambaConfig",
     "WindowState",
     "create_model",
+    "describe",
+    "described",
     "list_models",
     "load_checkpoint",
     "load_teacher",

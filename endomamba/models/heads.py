@@ -81,17 +81,23 @@ class UpBlock(nn.Module):
         return self.conv2(self.conv1(x))
 
 
+def decoder_widths(width: int) -> list[int]:
+    """Channels from the patches to the pixels; published: 512, 256, 128, 64, 16.  Never less than 8: of one channel
+    behind a ReLU nothing learns."""
+    return [max(8, width // by) for by in (1, 2, 4, 8, 32)]
+
+
 class PatchDecoder(nn.Module):
     """The decoder of TransUNet without skips: as many doublings as make a patch of 16 its pixels again."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
-        widths = [width, width // 2, width // 4, width // 8, width // 32]
+        widths = decoder_widths(width)
         self.conv_more = ConvBNReLU(channels, width)
         self.blocks = nn.ModuleList(UpBlock(*pair) for pair in itertools.pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, c, h, w) -> (b, width / 32, 16 h, 16 w)."""
+        """(b, c, h, w) -> (b, widths[-1], 16 h, 16 w)."""
         x = self.conv_more(x)
         for block in self.blocks:
             x = block(x)
@@ -108,7 +114,7 @@ class SegmentationHead(nn.Module):
         super().__init__()
         self.grid = grid
         self.decoder = PatchDecoder(channels, width)
-        self.segmentation_head = nn.Sequential(nn.Conv2d(width // 32, 2, 3, padding=1))
+        self.segmentation_head = nn.Sequential(nn.Conv2d(decoder_widths(width)[-1], 2, 3, padding=1))
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         """(b, t, n, c) -> mask (b, t, 16 rows, 16 columns)."""
@@ -169,10 +175,10 @@ def frame_head(
     if kind == "classification":
         return ClassificationHead(channels, classes)
     if kind == "segmentation":
-        if classes != 2 or patch_size != 16 or width < 32:
+        if classes != 2 or patch_size != 16 or width < 8:
             raise ValueError(
                 "head='segmentation' needs num_classes=2 (the rest, and what is looked for), patch_size=16 and "
-                f"head_width >= 32, got {classes}, {patch_size} and {width}"
+                f"head_width >= 8, got {classes}, {patch_size} and {width}"
             )
         return SegmentationHead(channels, grid, width)
     if kind == "localisation":

@@ -64,10 +64,12 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def save(folder: Path, step: int, content: dict[str, Any], weights: dict[str, Tensor], keep: int) -> Path:
-    """-> the path of the .pt.  Of all checkpoints in the folder the newest `keep` stay."""
+def save(
+    folder: Path, step: int, content: dict[str, Any], weights: dict[str, Tensor], keep: int, facts: dict[str, str]
+) -> Path:
+    """-> the path of the .pt.  Of all checkpoints in the folder the newest `keep` stay.  facts: for the weights."""
     path = _path(folder, step)
-    save_weights(path.with_suffix(".safetensors"), weights, {"step": str(step)})
+    save_weights(path.with_suffix(".safetensors"), weights, {"step": str(step)} | facts)
     write_atomically(path, lambda file: torch.save(content, file))
     for old in _all(folder)[:-keep]:
         for name in (old, old.with_suffix(".safetensors")):

@@ -22,13 +22,13 @@ from ..clips import read_frames
 from ..video import NORMALISATIONS, VideoError, VideoInfo, normalisation
 from .augment import CROPS, Change, centre, draw, stretch
 from .errors import DataError
-from .manifest import Entry, Manifest
+from .manifest import UNKNOWN, Entry, Manifest
 from .plan import Sample, generator, seed_of
 from .targets import BOXES, IGNORED, landmark_names, read_target
 
 log = logging.getLogger("endomamba")
 
-IGNORE = -100  # the label of a frame that counts in no loss and no metric
+IGNORE = UNKNOWN  # the label of a frame that counts in no loss and no metric
 ATTEMPTS = 10  # other clips tried where one cannot be decoded
 
 
@@ -203,7 +203,7 @@ class ClipDataset(Dataset):
         """places: of frames within the entry -> (t,) or (t, sets) int64."""
         if entry.label is None:
             return self._no_label(len(places))
-        labels = entry.label_sets(self.sets).astype(np.int64) if self.sets else entry.labels()
+        labels = entry.label_sets(self.sets) if self.sets else entry.labels()
         return torch.from_numpy(labels[places])
 
     def _side(self, rng: torch.Generator) -> Callable[[VideoInfo], tuple[int, int]]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from ..models import CheckpointError, EndoMamba, FrameWise, StreamState, load_checkpoint
+from ..models import CheckpointError, EndoMamba, FrameWise, StreamState, describe, load_checkpoint
 from .config import TrainConfig, create
 from .data import Normalise
 from .data import check_number as _number
@@ -151,6 +151,7 @@ def run(config: FinetuneConfig, manifest: Manifest, out: str | os.PathLike, worl
         evaluate=judged_now if judged else None,
         best=TASKS[config.task].best,
         init_carry=model.init_state if config.memory == "carried" else None,
+        facts=describe(model, () if TASKS[config.task].targets else manifest.classes),
     )
     return result
 

@@ -73,6 +73,7 @@ def train(
     evaluate: Callable[[], Mapping[str, float | Tensor]] | None = None,
     best: str = "",
     init_carry: Callable[[int], CarriedState] | None = None,
+    facts: Mapping[str, str] | None = None,
 ) -> None:
     """Trains `model` in place; the same call goes on where `out` was left: to the bit on a CPU with as many threads.
 
@@ -81,10 +82,11 @@ def train(
     evaluate: called on every process -> metrics, and pictures (h, w, 3) uint8, by name; `best`: the metric whose best
         weights are kept as best.safetensors.
     init_carry: number of streams -> the state before their first frame.
+    facts: what the files of weights say of themselves, `models.describe`.
 
     TrainError, NonFiniteLoss, DataError, SaveError and ValueError, each one sentence.
     """
-    run = _Run(config, model, step, dataset, plan, Path(out), world, evaluate, best, init_carry)
+    run = _Run(config, model, step, dataset, plan, Path(out), world, evaluate, best, init_carry, dict(facts or {}))
     try:
         run()
     except RuntimeError as error:
@@ -100,9 +102,9 @@ def train(
 
 
 class _Run:
-    def __init__(self, config, model, step, dataset, plan, out, world, evaluate, best, init_carry):  # type: ignore[no-untyped-def]
+    def __init__(self, config, model, step, dataset, plan, out, world, evaluate, best, init_carry, facts):  # type: ignore[no-untyped-def]
         self.config, self.model, self.step, self.dataset, self.plan = config, model, step, dataset, plan
-        self.out, self.world, self.evaluate, self.best = out, world, evaluate, best
+        self.out, self.world, self.evaluate, self.best, self.facts = out, world, evaluate, best, facts
         parts = world.size * config.accumulate
         if config.batch_size % parts:
             raise ValueError(
@@ -158,7 +160,8 @@ class _Run:
                 if saves:
                     self._save(done)
         if self.world.rank == 0:
-            checkpoint.save_weights(self.out / "final.safetensors", self.model.state_dict(), {"step": str(self.steps)})
+            facts = {"step": str(self.steps)} | self.facts
+            checkpoint.save_weights(self.out / "final.safetensors", self.model.state_dict(), facts)
 
     # ---- an update
 
@@ -267,10 +270,8 @@ class _Run:
         if value is not None and (self.best_value is None or value > self.best_value):
             self.best_value = value
             if self.world.rank == 0:
-                weights = self.model.state_dict()
-                checkpoint.save_weights(
-                    self.out / "best.safetensors", weights, {"step": str(done), self.best: f"{value}"}
-                )
+                facts = {"step": str(done), self.best: f"{value}"} | self.facts
+                checkpoint.save_weights(self.out / "best.safetensors", self.model.state_dict(), facts)
 
     def _stop_if_not_finite(self) -> None:
         bad = int(self.bad)
@@ -330,7 +331,7 @@ class _Run:
                 "ranks": ranks,
                 "best": self.best_value,
             }
-            checkpoint.save(self.out, step, content, self.model.state_dict(), self.config.keep)
+            checkpoint.save(self.out, step, content, self.model.state_dict(), self.config.keep, self.facts)
         if self.world.size > 1:
             dist.barrier()
         self.saved = step

@@ -1,18 +1,17 @@
-"""The list of what to train and evaluate on: a JSON-lines file that every converter writes and every task reads.
+"""The list of what to train and evaluate on: a JSON-lines file that layouts.py writes and every task reads.
 
     {"kind": "endomamba manifest", "version": 1, "classes": ["insertion", "withdrawal"]}
     {"path": "a.mp4", "start": 0, "stop": 900, "label": [[0, 400], [1, 500]], "split": "train"}
     {"path": "b.mp4", "start": 0, "stop": 150, "label": 1, "mask": "b.truth.jsonl", "split": "val"}
 
 A line is a clip: frames start <= t < stop of a video file, a DICOM clip or a folder of pictures.  label: a class for
-the whole clip, or runs [class, frames] that add up to it, or null; where several classes may hold at a time, as for
-surgical triplets, a run is [[class, ...], frames].  mask, box and landmarks: a file or folder that holds them, or null;
-targets.py says of which kinds.  Paths are relative to the manifest.
+the whole clip, or runs [class, frames] that add up to it (class null: not known), or null; where several classes may
+hold at a time, as for surgical triplets, a run is [[class, ...], frames].  mask, box and landmarks: a file or folder
+that holds them, or null; targets.py says of which kinds.  Paths are relative to the manifest.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import itertools
 import json
@@ -24,7 +23,6 @@ from typing import Any
 
 import numpy as np
 
-from ..clips import count_frames
 from ..sources import FolderReader
 from ..video import VideoError, open_video
 from .errors import DataError
@@ -35,7 +33,9 @@ VERSION = 1
 SPLITS = ("train", "val", "test")
 VIDEOS = (".avi", ".dcm", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 
-Label = int | tuple[tuple[int | tuple[int, ...], int], ...] | None
+Class = int | tuple[int, ...] | None
+Label = int | tuple[tuple[Class, int], ...] | None
+UNKNOWN = -100  # the class of a frame of which it is not known; it counts in no loss and no metric
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +79,16 @@ class Entry:
                 raise ValueError(f"{name} must be a path or null, got {getattr(self, name)!r}")
 
     def labels(self) -> np.ndarray:
-        """(frames,) int64, the class of each."""
-        values, runs = zip(*self._runs())
+        """(frames,) int64, the class of each, or UNKNOWN."""
+        values, runs = zip(*((UNKNOWN if label is None else label, run) for label, run in self._runs()))
         return np.repeat(np.array(values, np.int64), runs)
 
     def label_sets(self, classes: int) -> np.ndarray:
-        """(frames, classes) bool: which hold in each."""
+        """(frames, classes) int64: 1 for those that hold in each, or UNKNOWN."""
         values, runs = zip(*self._runs())
-        rows = np.zeros((len(values), classes), bool)
+        rows = np.zeros((len(values), classes), np.int64)
         for row, label in zip(rows, values):
-            row[list(_sets(label))] = True
+            row[list(_sets(label)) if label is not None else slice(None)] = UNKNOWN if label is None else 1
         return np.repeat(rows, runs, axis=0)
 
     @property
@@ -96,14 +96,14 @@ class Entry:
         """Whether its label names several classes a frame."""
         return any(isinstance(label, tuple) for label, _ in self._runs())
 
-    def _runs(self) -> Sequence[tuple[int | tuple[int, ...], int]]:
+    def _runs(self) -> Sequence[tuple[Class, int]]:
         if self.label is None:
             return ()
         return ((self.label, len(self)),) if isinstance(self.label, int) else self.label
 
 
-def _sets(label: int | tuple[int, ...]) -> tuple[int, ...]:
-    return label if isinstance(label, tuple) else (label,)
+def _sets(label: Class) -> tuple[int, ...]:
+    return label if isinstance(label, tuple) else () if label is None else (label,)
 
 
 @dataclass(frozen=True)
@@ -189,85 +189,6 @@ def write(path: str | os.PathLike, classes: Sequence[str], entries: Iterable[Ent
     finally:
         part.unlink(missing_ok=True)
     return read(path)
-
-
-# ---- converters
-
-
-def from_synthetic(folder: str | os.PathLike) -> tuple[tuple[str, ...], list[Entry]]:
-    """What `endomamba synth` wrote: phases as labels, and the truth files for masks, boxes and landmarks."""
-    from ..synthetic import PHASES, load_truth
-
-    entries = []
-    for path in sorted(_folder(folder).glob("*.truth.jsonl")):
-        truth = load_truth(path)
-        entries.append(
-            Entry(
-                path=truth.header["video"],
-                start=0,
-                stop=len(truth),
-                label=_run_lengths(truth.phase),
-                mask=path.name,
-                box=path.name,
-                landmarks=path.name,
-                split=truth.header["split"],
-            )
-        )
-    if not entries:
-        raise DataError(f"{folder}: holds no *.truth.jsonl of `endomamba synth`")
-    return tuple(PHASES), entries
-
-
-def from_folders(folder: str | os.PathLike, split: str = "train") -> tuple[tuple[str, ...], list[Entry]]:
-    """folder/CLASS/*.mp4, or folder/{train,val,test}/CLASS/*.mp4: a clip a video, its class the folder's name."""
-    root = _folder(folder)
-    splits = {name: root / name for name in SPLITS if (root / name).is_dir()} or {split: root}
-    classes = tuple(sorted({child.name for base in splits.values() for child in base.iterdir() if child.is_dir()}))
-    entries = []
-    for name, base in splits.items():
-        for label, of_class in enumerate(classes):
-            videos = sorted(path for path in (base / of_class).glob("*") if path.suffix.lower() in VIDEOS)
-            entries += [_whole(root, path, label, name) for path in videos]
-    if not entries:
-        raise DataError(f"{root}: holds no videos in sub-folders named after classes")
-    return classes, entries
-
-
-def from_lists(folder: str | os.PathLike) -> tuple[tuple[str, ...], list[Entry]]:
-    """folder/videos/* and folder/splits/{train,val,test}.{csv,txt}, lines `file,label` (PolypDiag), labels 0, 1, ..."""
-    root, entries, largest = _folder(folder), [], 0
-    for split in SPLITS:
-        for path in sorted((root / "splits").glob(f"{split}.*")):
-            for number, row in enumerate(csv.reader(path.read_text(encoding="utf-8").splitlines()), 1):
-                if len(row) != 2 or not row[1].strip().isdecimal():
-                    raise DataError(f"{path}, line {number}: must be `file,label`, got {','.join(row)!r}")
-                largest = max(largest, int(row[1]))
-                entries.append(_whole(root, root / "videos" / row[0].strip(), int(row[1]), split))
-    if not entries:
-        raise DataError(f"{root}: holds no splits/train.csv (or val, test) with lines `file,label`")
-    return tuple(f"class {label}" for label in range(largest + 1)), entries
-
-
-CONVERTERS = {"synth": from_synthetic, "folders": from_folders, "lists": from_lists}
-
-
-def _folder(folder: str | os.PathLike) -> Path:
-    if not Path(folder).is_dir():
-        raise DataError(f"{folder}: is not a folder")
-    return Path(folder)
-
-
-def _whole(root: Path, path: Path, label: int, split: str) -> Entry:
-    try:
-        frames = count_frames(path)
-    except VideoError as error:
-        raise DataError(str(error)) from None
-    return Entry(path.relative_to(root).as_posix(), 0, frames, label, split=split)
-
-
-def _run_lengths(labels: np.ndarray) -> tuple[tuple[int, int], ...]:
-    edges = np.flatnonzero(np.diff(labels, prepend=labels[0] - 1, append=labels[-1] - 1))
-    return tuple((int(labels[at]), int(until - at)) for at, until in itertools.pairwise(edges))
 
 
 # ---- check

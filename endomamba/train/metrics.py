@@ -96,7 +96,8 @@ def means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     for name in rows[0]:
         values = torch.tensor([row[name] for row in rows], dtype=torch.float64)
         values = values[~values.isnan()]
-        result[name], result[f"{name}_std"] = values.mean().item(), values.std(correction=0).item()
+        spread = values.std(correction=0).item() if len(values) else float("nan")
+        result[name], result[f"{name}_std"] = values.mean().item(), spread
     return result
 
 

@@ -138,29 +138,6 @@ def test_no_manifest(tmp_path):
         manifest.write(tmp_path / "m.jsonl", ["a"], [Entry("a.mp4", 0, 1)]).split("test")
 
 
-def test_converters(tmp_path, capsys):
-    for split, label in (("train", "normal"), ("train", "polyp"), ("val", "polyp")):
-        (tmp_path / "f" / split / label).mkdir(parents=True)
-        draw(tmp_path / "f" / split / label / "a.mp4", 6, 0)
-    classes, entries = manifest.from_folders(tmp_path / "f")
-    assert classes == ("normal", "polyp") and [e.label for e in entries] == [0, 1, 1]
-    assert entries[2] == Entry("val/polyp/a.mp4", 0, 6, 1, split="val")
-
-    (tmp_path / "l" / "splits").mkdir(parents=True)
-    (tmp_path / "l" / "videos").mkdir()
-    draw(tmp_path / "l" / "videos" / "x.mp4", 5, 0)
-    (tmp_path / "l" / "splits" / "train.txt").write_text("x.mp4,1\n")
-    assert manifest.from_lists(tmp_path / "l") == (("class 0", "class 1"), [Entry("videos/x.mp4", 0, 5, 1)])
-    (tmp_path / "l" / "splits" / "train.txt").write_text("x.mp4,yes\n")
-    with pytest.raises(DataError, match="line 1: must be `file,label`"):
-        manifest.from_lists(tmp_path / "l")
-    for converter, why in zip(manifest.CONVERTERS.values(), ("truth", "sub-folders", "splits/train")):
-        with pytest.raises(DataError, match=why):
-            converter(tmp_path / "l" / "videos")
-        with pytest.raises(DataError, match="is not a folder"):
-            converter(tmp_path / "gone")
-
-
 def test_what_synth_wrote_and_check(tmp_path, capsys):
     for split in ("train", "val"):
         synthetic.write(synthetic.SyntheticVideo("base", split=split, seed=1, frames=12, size=32), tmp_path)

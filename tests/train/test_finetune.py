@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,7 +15,6 @@ from endomamba.train import finetune, manifest, recipes
 from endomamba.train.data import IGNORE, ClipDataset, Normalise, collate
 from endomamba.train.evaluate import read_videos
 from endomamba.train.manifest import DataError, Entry
-from endomamba.train.metrics import scores, video_scores
 from endomamba.train.plan import Sample
 from endomamba.train.tasks import TASKS
 
@@ -132,47 +129,6 @@ def test_evaluation_reads_each_video_once_as_a_stream(data, model, reset):
         assert predicted.tolist() == alone[:known].tolist()
 
 
-def by_hand(predicted, true, classes):
-    """Macro scores from their definitions."""
-    p, t = np.asarray(predicted), np.asarray(true)
-    rows = []
-    for k in range(classes):
-        hit, said, real = ((p == k) & (t == k)).sum(), (p == k).sum(), (t == k).sum()
-        if said + real:
-            rows.append(
-                (
-                    hit / said if said else 0,
-                    hit / real if real else 0,
-                    hit / (said + real - hit),
-                    2 * hit / (said + real),
-                )
-            )
-    return dict(zip(("precision", "recall", "jaccard", "f1"), np.mean(rows, 0))), np.std(rows, 0)
-
-
-@pytest.mark.parametrize("classes, used", [(2, 2), (5, 5), (7, 4), (3, 1)])
-def test_scores(classes, used):
-    rng = np.random.default_rng(classes)
-    for _ in range(10):
-        p, t = rng.integers(0, used, (2, 30))
-        got, (want, spread) = scores(torch.tensor(p), torch.tensor(t), classes), by_hand(p, t, classes)
-        assert got["accuracy"] == pytest.approx((p == t).mean())
-        for (name, value), std in zip(want.items(), spread):
-            assert got[name] == pytest.approx(value, abs=1e-6) and got[f"{name}_std"] == pytest.approx(std, abs=1e-6)
-        if classes == 2:
-            hit = ((p == 1) & (t == 1)).sum()
-            assert got["f1_positive"] == pytest.approx(2 * hit / ((p == 1).sum() + (t == 1).sum()), abs=1e-6)
-
-
-def test_video_scores():
-    a = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 0, 1])
-    b = torch.tensor([1, 1]), torch.tensor([1, 0])
-    got = video_scores([a, b], 2)
-    assert got["accuracy"] == pytest.approx(4 / 6)
-    assert got["video_accuracy"] == pytest.approx(0.625) and got["video_accuracy_std"] == pytest.approx(0.125)
-    assert got["video_balanced_accuracy"] == pytest.approx(((2 / 3 + 1) / 2 + 0.5) / 2)
-
-
 # ---- it learns, from the command to the metrics
 
 SETTINGS = ["model=endomamba", f"model_options={ {**TINY, 'drop_path_rate': 0.0} }", "precision=fp32", "workers=0",
@@ -267,7 +223,7 @@ def test_bad_input_is_one_sentence(data, tmp_path, capsys):
         assert why in says(capsys, *ours, "--set", setting), setting
     plain = ["--set", "model_options={}", "--set", "model=endofm"]
     assert "needs a state of fixed size (endomamba_*), endofm has none" in says(capsys, *ours, *plain)
-    assert "there is no recipe 'x'; there are phase-clips, " in says(
+    assert "there is no recipe 'x'; there are cholec80, " in says(
         capsys, "finetune", "x", "--data", data / "phases.jsonl", "--out", tmp_path
     )
     (tmp_path / "file").write_text("")
@@ -299,7 +255,8 @@ def test_the_command_with_two_processes(data, tmp_path):
     assert len(ours) == 1 and re.search(r"step \d: .*first non-finite layer: \S+; clips: \d.mp4", ours[0]), lines
 
 
-def test_recipes_are_valid():
+def test_recipes_are_valid(tmp_path):
+    (tmp_path / "a.places.jsonl").write_text('{"kind": "endomamba places", "size": [9, 9], "landmarks": ["tip"]}')
     names = recipes.RECIPES[finetune.FinetuneConfig].keys()
     assert {"polypdiag", "phase-clips", "phase-videos", "synthetic-phases"} <= names
     for name in names:
@@ -308,6 +265,7 @@ def test_recipes_are_valid():
             assert config.model_options["dt_init"] == "mamba"
         options = {k: v for k, v in config.model_options.items() if k not in ("embed_dim", "depth")}
         small = finetune.replace(config, model="endomamba", model_options=options | {"embed_dim": 16, "depth": 2})
-        finetune.build(small, manifest.Manifest(Path("x"), ("a", "b"), ()), "", head=False)
+        entry = Entry("a.mp4", 0, 9, landmarks="a.places.jsonl")
+        finetune.build(small, manifest.Manifest(tmp_path / "x", ("a", "b"), (entry,)), "", head=False)
     with pytest.raises(ValueError, match="there is no recipe"):
         recipes.find("nothing")
