@@ -210,7 +210,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_training(commands: Any, common: argparse.ArgumentParser) -> None:
     data = commands.add_parser("data", help="the list of clips that training reads")
-    actions = data.add_subparsers(title="actions", required=True, metavar="{manifest,check}")
+    actions = data.add_subparsers(title="actions", required=True, metavar="{build,manifest,check}")
     manifest = actions.add_parser(
         "manifest", parents=[common], help="write FOLDER/manifest.jsonl", description="Lists the clips of a folder."
     )
@@ -223,6 +223,26 @@ def _add_training(commands: Any, common: argparse.ArgumentParser) -> None:
     manifest.add_argument("--name", default="manifest", help="of the file, without .jsonl; default: %(default)s")
     manifest.add_argument("--overwrite", action="store_true", help="replace the manifest that is there")
     manifest.set_defaults(run=_data_manifest)
+    build = actions.add_parser(
+        "build",
+        parents=[common],
+        help="cut long videos and folders of pictures into clips for pre-training",
+        description="Cuts every video and folder of pictures below FOLDER into clips, with frames left out that show "
+        "next to nothing. The same command goes on where it was stopped.",
+    )
+    build.add_argument("folder", type=Path)
+    build.add_argument("--out", type=Path, required=True, metavar="DIR")
+    for option, kind, default, text in (
+        ("seconds", float, 5.0, "of a clip"),
+        ("fps", float, 30.0, "frames a second"),
+        ("side", int, 256, "pixels, the shorter side"),
+        ("least-std", float, 1.0, "grey levels: a frame with a smaller standard deviation is left out"),
+        ("pictures-fps", float, 30.0, "of folders of pictures"),
+    ):
+        build.add_argument(f"--{option}", type=kind, default=default, help=f"{text}; default: %(default)s")
+    build.add_argument("--workers", type=_positive, default=1, help="sources at a time; default: %(default)s")
+    build.add_argument("--quiet", action="store_true", help="no progress, no summary; errors are still shown")
+    build.set_defaults(run=_data_build, max_frames=None)
     check = actions.add_parser(
         "check",
         parents=[common],
@@ -751,9 +771,9 @@ class _Progress:
 
     EVERY = 10.0
 
-    def __init__(self, args: argparse.Namespace, total: int | None) -> None:
+    def __init__(self, args: argparse.Namespace, total: int | None, unit: str = "frame") -> None:
         self.total = min(filter(None, (total, args.max_frames)), default=None)
-        self.silent = args.quiet
+        self.silent, self.unit = args.quiet, unit
         self.bar: Any = None
         self.count = 0
         self.said = time.monotonic()
@@ -762,17 +782,18 @@ class _Progress:
         if not self.silent and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=self.total, unit="frame", file=sys.stderr, dynamic_ncols=True, leave=False)
+            self.bar = tqdm(total=self.total, unit=self.unit, file=sys.stderr, dynamic_ncols=True, leave=False)
         return self
 
     def __call__(self, record: dict[str, Any]) -> None:
         self.count += 1
         if self.bar is not None:
+            self.bar.total = self.total
             self.bar.update()
         elif not self.silent and time.monotonic() - self.said > self.EVERY:
             self.said = time.monotonic()
             of = f" of {self.total}" if self.total else ""
-            print(f"frame {self.count}{of}", file=sys.stderr, flush=True)
+            print(f"{self.unit} {self.count}{of}", file=sys.stderr, flush=True)
 
     def __exit__(self, *exc: object) -> None:
         if self.bar is not None:
@@ -880,6 +901,28 @@ def _data_manifest(args: argparse.Namespace) -> int:
     print(f"{path}: {', '.join(f'{count} {split}' for split, count in counts.items())}; "
           f"classes {', '.join(written.classes)}")  # fmt: skip
     return OK
+
+
+def _data_build(args: argparse.Namespace) -> int:
+    from .train.build import BuildConfig, Built, build
+
+    config = BuildConfig(args.seconds, args.fps, args.side, args.least_std, args.pictures_fps)
+    with _Progress(args, None, unit="source") as progress:
+
+        def done(built: Built, total: int) -> None:
+            progress.total = total
+            progress(built._asdict())
+
+        results = build(args.folder, args.out, config, workers=args.workers, progress=done)
+    bad = [built for built in results if built.error or built.damage]
+    if not args.quiet:
+        clips = [frames for built in results for frames in built.clips]
+        left_out = sum(built.left_out for built in results)
+        print(
+            f"{args.out}: {len(clips)} clips, {sum(clips)} frames of {len(results)} sources; "
+            f"{left_out} frames left out; {len(bad)} sources damaged or unreadable"
+        )
+    return DAMAGED if bad else OK
 
 
 def _data_check(args: argparse.Namespace) -> int:
