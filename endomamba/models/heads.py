@@ -120,8 +120,8 @@ class SegmentationHead(nn.Module):
         """(b, t, n, c) -> mask (b, t, 16 rows, 16 columns)."""
         b, t = features.shape[:2]
         patches = features[:, :, -self.grid[0] * self.grid[1] :].flatten(0, 1)
-        logits = self.segmentation_head(self.decoder(patches.mT.unflatten(2, self.grid)))
-        return {"mask": (logits[:, 1] - logits[:, 0]).unflatten(0, (b, t))}
+        logits = self.segmentation_head(self.decoder(torch.unflatten(patches.mT, 2, self.grid)))
+        return {"mask": torch.unflatten(logits[:, 1] - logits[:, 0], 0, (b, t))}
 
 
 class PointMlp(nn.Module):
@@ -136,7 +136,7 @@ class PointMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, t, c) -> (b, t, K, 2)."""
-        return self.head(x).unflatten(-1, (-1, 2))
+        return torch.unflatten(self.head(x), -1, (-1, 2))
 
 
 class LocalisationHead(nn.Module):
