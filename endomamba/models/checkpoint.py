@@ -255,7 +255,7 @@ def _strip_wrappers(source: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], st
 def _of_backbone(source: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str, dict[str, str]]:
     """`_strip_wrappers`, and of a `FrameWise` the backbone alone -> also what is left out: why."""
     weights, prefix = _strip_wrappers(source)
-    if not any(name.startswith("encoder.") for name in weights):
+    if not all(name.startswith(("encoder.", "head.")) for name in weights):
         return weights, prefix, {}
     left = {prefix + name: "not part of the backbone" for name in weights if not name.startswith("encoder.")}
     inner = {name.removeprefix("encoder."): t for name, t in weights.items() if name.startswith("encoder.")}

@@ -34,7 +34,8 @@ class Described(NamedTuple):
 
 
 def describe(model: nn.Module, classes: Sequence[str] = ()) -> dict[str, str]:
-    """For the metadata of a safetensors file; nothing for a model that `create_model` does not make."""
+    """Goes as JSON under "endomamba" into the metadata of a safetensors file; nothing for a model that `create_model`
+    does not make."""
     name = NAMES.get(type(model))
     if name is None:
         return {}
@@ -47,7 +48,7 @@ def described(path: str | os.PathLike[str]) -> Described | None:
     """What `describe` wrote into this file; None where there is nothing of it."""
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
-            facts = file.metadata() or {}
+            facts = json.loads((file.metadata() or {})["endomamba"])
         return Described(facts["model"], json.loads(facts["options"]), tuple(json.loads(facts["classes"])))
-    except (KeyError, ValueError, OSError, SafetensorError):
+    except (KeyError, TypeError, ValueError, OSError, SafetensorError):
         return None

@@ -9,10 +9,11 @@ both are complete.  Older ones go when the newest is there.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -65,11 +66,16 @@ def _sync(folder: Path) -> None:
 
 
 def save(
-    folder: Path, step: int, content: dict[str, Any], weights: dict[str, Tensor], keep: int, facts: dict[str, str]
+    folder: Path,
+    step: int,
+    content: dict[str, Any],
+    weights: dict[str, Tensor],
+    keep: int,
+    facts: Mapping[str, str] | None = None,
 ) -> Path:
     """-> the path of the .pt.  Of all checkpoints in the folder the newest `keep` stay.  facts: for the weights."""
     path = _path(folder, step)
-    save_weights(path.with_suffix(".safetensors"), weights, {"step": str(step)} | facts)
+    save_weights(path.with_suffix(".safetensors"), weights, {"step": str(step), **(facts or {})})
     write_atomically(path, lambda file: torch.save(content, file))
     for old in _all(folder)[:-keep]:
         for name in (old, old.with_suffix(".safetensors")):
@@ -77,7 +83,9 @@ def save(
     return path
 
 
-def save_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def save_weights(path: Path, weights: dict[str, Tensor], facts: dict[str, str]) -> None:
+    """facts: go under one name, as safetensors writes several in an order of the moment."""
+    metadata = {"endomamba": json.dumps(facts)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     write_atomically(path, lambda file: file.write(safetensors_bytes(tensors, metadata)))
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from endomamba import cli
 from endomamba.models import create_model
-from endomamba.train import finetune, manifest
+from endomamba.train import finetune, loop, manifest
 from endomamba.train.config import with_changes
 from endomamba.train.data import IGNORE, Normalise
 from endomamba.train.evaluate import open_split, read_videos
@@ -279,6 +279,27 @@ def test_statistics_stay_as_before_a_bad_step(data, tmp_path):
         if "running" in name or "tracked" in name:
             assert torch.equal(bad[name], kept[name]), name
     assert any("running" in name for name in kept)
+
+
+def test_a_resumed_run_has_the_same_statistics(data, tmp_path, monkeypatch):
+    """To the bit, as everything else."""
+    config = config_of("segmentation", save_every=2, **{"clip.frames": 4, "clip.flip": 0.5})
+    config = steps(config, manifest.read(path(data, "phase")).split("train"), 5)
+    fit(config, path(data, "phase"), tmp_path / "whole")
+    update = loop._Run._update
+
+    def interrupted(run, step, batches):
+        if step == 3:
+            raise KeyboardInterrupt
+        update(run, step, batches)
+
+    monkeypatch.setattr(loop._Run, "_update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, path(data, "phase"), tmp_path / "parts")
+    monkeypatch.undo()
+    fit(config, path(data, "phase"), tmp_path / "parts")
+    whole, parts = ((tmp_path / name / "final.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
 
 
 def average_statistics(out):
