@@ -439,7 +439,7 @@ def _features(args: argparse.Namespace) -> int:
                     "video": reader.info.path,
                     "model": args.model,
                     "weights": str(args.weights),
-                    "pool": args.head,
+                    "pool": model.config.head,
                 }
                 facts |= {"normalise": args.normalise, "endomamba": __version__, "stopped": session.stopped}
                 written = features.save(folder, args.format, facts)

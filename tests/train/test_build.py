@@ -169,6 +169,10 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     changed = build.build(tmp_path / "in", tmp_path / "out", SMALL)
     assert {path.parent.name for path in written} == {"2.mp4"} and changed[2].clips == (8,)
     assert len(list((tmp_path / "out" / "2.mp4").iterdir())) == 1
+    (tmp_path / "in" / "1.mp4").write_bytes(b"no video" * 100)
+    assert build.build(tmp_path / "in", tmp_path / "out", SMALL)[1].error
+    rows = [json.loads(line) for line in (tmp_path / "out" / "build.jsonl").read_text().splitlines()[1:]]
+    assert [row["source"] for row in rows] == ["0.mp4", "2.mp4", "3.mp4"]
     with pytest.raises(DataError, match="choose another --out"):
         build.build(tmp_path / "in", tmp_path / "out", BuildConfig(0.4, 20, 64))
 
