@@ -15,7 +15,7 @@ from torch import Tensor
 from ._scan_triton_step import _words2
 from ._triton import ASM
 from ._triton_math import LOG2E, exp2, sigmoid, softplus
-from ._triton_pdl import wait_for_previous
+from ._triton_pdl import let_next_begin, wait_for_previous
 from ._triton_shared import get1, get2, program_sync, put1, put2, reserve, shared_asm, warp_sync
 
 STATES = 16
@@ -295,6 +295,7 @@ def _scan_frame_kernel(
             T, BD, DIM, ASM,
         )  # fmt: skip
 
+        let_next_begin(PDL)
         if ASM:
             program_sync(lane)
             for i in tl.static_range((T + PER - 1) // PER):

@@ -10,7 +10,7 @@ _FEW = {
     "x": {"BM": 16, "BK": 256, "BD": 256, "PARTS": 3, "warps": 4, "stages": 3},
     "scan": {"warps": 4},
     "both": {"warps": 4},
-    "out": {"BM": 32, "BN": 32, "BK": 256, "warps": 4, "stages": 3},
+    "out": {"BM": 32, "BN": 32, "BK": 128, "warps": 4, "stages": 4},
 }
 _MANY = {
     **_FEW,

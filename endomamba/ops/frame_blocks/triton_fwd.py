@@ -16,7 +16,7 @@ from torch import Tensor
 from .._scan_triton_frame import STATES, FrameSide, frame_scan
 from .._triton import ASM, INTERPRET, AotCase, meta, on_device
 from .._triton_math import sigmoid, softplus
-from .._triton_pdl import wait_for_previous
+from .._triton_pdl import let_next_begin, wait_for_previous
 from .table import INTERPRETED, LAUNCH
 
 
@@ -73,6 +73,7 @@ def _in_conv_kernel(
         a = tl.load(r_p + k0) if EVEN else tl.load(r_p + k0, mask=inside, other=0.0)
         w = tl.load(w_p + k0) if EVEN else tl.load(w_p + k0, mask=inside, other=0.0)
         acc = _dot(a, w.trans(), acc, EXACT)
+    let_next_begin(PDL)
     factor = tl.where(there, tl.rsqrt(tl.sum(squares, 1) / C + eps), 0.0)
     xz = (acc * factor[:, None]).to(DTYPE)
     ours = (there & (i >= TAPS) & (i < TAPS + OWN))[:, None]
@@ -147,6 +148,7 @@ def _x_proj_kernel(
             u = tl.load(u_p + k0) if EVEN else tl.load(u_p + k0, mask=inside, other=0.0)
             w_low = tl.load(low_p + k0) if EVEN else tl.load(low_p + k0, mask=inside, other=0.0)
             low = _dot(u, w_low.trans(), low, EXACT)
+    let_next_begin(PDL)
     small = low.to(u_ptr.dtype.element_ty)
     if ONE:
         dt = softplus(_dot(small, w_dt.trans(), tl.zeros([BM, BD], tl.float32), EXACT) + bias[None, :], ASM)
@@ -181,14 +183,15 @@ def _out_proj_kernel(
     w_p = weight_ptr + tl.minimum(column, C - 1)[:, None] * D + k[None, :]
     own = there & (column < C)[None, :]
     at = safe * C + column[None, :]
+    r = tl.load(residual_ptr + at, mask=own, other=0.0)  # the block before wrote it, three kernels ago
     wait_for_previous(PDL)
-    r = tl.load(residual_ptr + at, mask=own, other=0.0)
     acc = tl.zeros([BM, BN], tl.float32)
     for k0 in range(0, D, BK):
         inside = (k + k0 < D)[None, :]
         a = tl.load(a_p + k0) if EVEN else tl.load(a_p + k0, mask=inside, other=0.0)
         w = tl.load(w_p + k0) if EVEN else tl.load(w_p + k0, mask=inside, other=0.0)
         acc = _dot(a, w.trans(), acc, EXACT)
+    let_next_begin(PDL)
     r += tl.where(own, acc, 0.0)
     tl.store(residual_ptr + at, r, mask=own)
     if copy_ptr is not None:
@@ -207,10 +210,10 @@ def _fitting(tile: int, size: int) -> int:
 
 @functools.cache
 def _ahead(device: torch.device) -> int:
-    """Programmatic dependent launch (3: no trigger of its own) is for NVIDIA chips from Hopper on."""
+    """Programmatic dependent launch is for NVIDIA chips from Hopper on."""
     if not ASM:
         return 0
-    return 3 if device.type == "meta" or torch.cuda.get_device_capability(device) >= (9, 0) else 0
+    return 4 if device.type == "meta" or torch.cuda.get_device_capability(device) >= (9, 0) else 0
 
 
 def frame_blocks(
