@@ -32,7 +32,7 @@ void check_packed(const char* op, const Args& a) {
 template <class Args>
 auto kernel(const char* op, void (*Kernels::*run)(const Args&)) {
   return [op, run](const Args& a) {
-    if constexpr (!std::is_same_v<Args, NormArgs>) check_packed(op, a);
+    if constexpr (std::is_same_v<Args, ScanArgs> || std::is_same_v<Args, ConvArgs>) check_packed(op, a);
     (kernels().*run)(a);
   };
 }
@@ -149,6 +149,39 @@ PYBIND11_MODULE(_C, m) {
       .FIELD(NormArgs, dbias)
       .FIELD(NormArgs, dresidual)
       .FIELD(NormArgs, drow_scale);
+  py::class_<MixerDirection>(m, "MixerDirection")
+      .def(py::init<>())
+      .FIELD(MixerDirection, conv_weight)
+      .FIELD(MixerDirection, conv_bias)
+      .FIELD(MixerDirection, x_proj)
+      .FIELD(MixerDirection, dt_proj)
+      .FIELD(MixerDirection, dt_bias)
+      .FIELD(MixerDirection, A)
+      .FIELD(MixerDirection, D)
+      .FIELD(MixerDirection, u)
+      .FIELD(MixerDirection, projected);
+
+  py::class_<MixerArgs>(m, "MixerArgs")
+      .def(py::init<>())
+      .FIELD(MixerArgs, b)
+      .FIELD(MixerArgs, l)
+      .FIELD(MixerArgs, d)
+      .FIELD(MixerArgs, n)
+      .FIELD(MixerArgs, w)
+      .FIELD(MixerArgs, r)
+      .FIELD(MixerArgs, dtype)
+      .FIELD(MixerArgs, threads)
+      .FIELD(MixerArgs, log_A)
+      .FIELD(MixerArgs, scale)
+      .FIELD(MixerArgs, x)
+      .FIELD(MixerArgs, z)
+      .FIELD(MixerArgs, y)
+      .FIELD(MixerArgs, initial_conv_state)
+      .FIELD(MixerArgs, final_conv_state)
+      .FIELD(MixerArgs, initial_state)
+      .FIELD(MixerArgs, final_state)
+      .def_property_readonly("projected_floats", &projected_floats)
+      .def("add_direction", [](MixerArgs& a, const MixerDirection& dir) { a.dir[a.directions++] = dir; });
 #undef FIELD
 
   // One line a kernel.
@@ -159,4 +192,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv_bwd", kernel("causal_conv1d", &Kernels::conv_bwd), Release());
   m.def("norm_fwd", kernel("add_rms_norm", &Kernels::norm_fwd), Release());
   m.def("norm_bwd", kernel("add_rms_norm", &Kernels::norm_bwd), Release());
+  m.def("mixer_fwd", kernel("mixer_inner", &Kernels::mixer_fwd), Release());
 }
