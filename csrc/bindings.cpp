@@ -2,9 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
@@ -35,6 +38,45 @@ auto kernel(const char* op, void (*Kernels::*run)(const Args&)) {
     if constexpr (std::is_same_v<Args, ScanArgs> || std::is_same_v<Args, ConvArgs>) check_packed(op, a);
     (kernels().*run)(a);
   };
+}
+
+// Contiguous, of these sizes, at an address (0: absent).
+View contiguous(int64_t address, std::initializer_list<int64_t> sizes) {
+  View view;
+  view.p = reinterpret_cast<char*>(address);
+  int64_t stride = 1, i = int64_t(sizes.size());
+  for (auto size = sizes.end(); size != sizes.begin(); stride *= *--size) view.s[--i] = stride;
+  return view;
+}
+
+// A frame is a millisecond for each of 24 mixers at most, half of which fields set one by one from Python would take:
+// all that is contiguous comes as an address.  sizes: b, l, d, n, w, r.  sides: 7 addresses for each direction.
+void mixer_fwd(const std::array<int64_t, 6>& sizes, int dtype, int threads, double scale, bool log_A, const View& x,
+               const View& z, const std::array<int64_t, 3>& scratch, const View& conv_state, const View& ssm_state,
+               const View& final_conv_state, const View& final_ssm_state, const std::vector<int64_t>& sides) {
+  MixerArgs a;
+  a.b = sizes[0], a.l = sizes[1], a.d = sizes[2], a.n = sizes[3], a.w = sizes[4], a.r = sizes[5];
+  a.dtype = dtype, a.threads = threads, a.scale = float(scale), a.log_A = log_A;
+  a.x = x, a.z = z;
+  a.initial_conv_state = conv_state, a.initial_state = ssm_state;
+  a.final_conv_state = final_conv_state, a.final_state = final_ssm_state;
+  a.directions = int(sides.size()) / 7;
+  const int64_t elements = a.b * a.l * a.d, floats = projected_floats(a), bytes = dtype == 0 ? 4 : 2;
+  a.y = contiguous(scratch[0], {a.b, a.l, a.d});
+  for (int i = 0; i < a.directions; ++i) {
+    MixerDirection& dir = a.dir[i];
+    const int64_t* at = sides.data() + 7 * i;
+    dir.conv_weight = contiguous(at[0], {a.d, a.w});
+    dir.conv_bias = contiguous(at[1], {a.d});
+    dir.x_proj = contiguous(at[2], {a.r + 2 * a.n, a.d});
+    dir.dt_proj = contiguous(at[3], {a.d, a.r});
+    dir.dt_bias = contiguous(at[4], {a.d});
+    dir.A = contiguous(at[5], {a.d, a.n});
+    dir.D = contiguous(at[6], {a.d});
+    dir.u = contiguous(scratch[1] + i * elements * bytes, {a.b, a.l, a.d});
+    dir.projected = contiguous(scratch[2] + i * a.b * a.l * floats * 4, {a.b, a.l, floats});
+  }
+  kernels().mixer_fwd(a);
 }
 
 }  // namespace
@@ -149,39 +191,6 @@ PYBIND11_MODULE(_C, m) {
       .FIELD(NormArgs, dbias)
       .FIELD(NormArgs, dresidual)
       .FIELD(NormArgs, drow_scale);
-  py::class_<MixerDirection>(m, "MixerDirection")
-      .def(py::init<>())
-      .FIELD(MixerDirection, conv_weight)
-      .FIELD(MixerDirection, conv_bias)
-      .FIELD(MixerDirection, x_proj)
-      .FIELD(MixerDirection, dt_proj)
-      .FIELD(MixerDirection, dt_bias)
-      .FIELD(MixerDirection, A)
-      .FIELD(MixerDirection, D)
-      .FIELD(MixerDirection, u)
-      .FIELD(MixerDirection, projected);
-
-  py::class_<MixerArgs>(m, "MixerArgs")
-      .def(py::init<>())
-      .FIELD(MixerArgs, b)
-      .FIELD(MixerArgs, l)
-      .FIELD(MixerArgs, d)
-      .FIELD(MixerArgs, n)
-      .FIELD(MixerArgs, w)
-      .FIELD(MixerArgs, r)
-      .FIELD(MixerArgs, dtype)
-      .FIELD(MixerArgs, threads)
-      .FIELD(MixerArgs, log_A)
-      .FIELD(MixerArgs, scale)
-      .FIELD(MixerArgs, x)
-      .FIELD(MixerArgs, z)
-      .FIELD(MixerArgs, y)
-      .FIELD(MixerArgs, initial_conv_state)
-      .FIELD(MixerArgs, final_conv_state)
-      .FIELD(MixerArgs, initial_state)
-      .FIELD(MixerArgs, final_state)
-      .def_property_readonly("projected_floats", &projected_floats)
-      .def("add_direction", [](MixerArgs& a, const MixerDirection& dir) { a.dir[a.directions++] = dir; });
 #undef FIELD
 
   // One line a kernel.
@@ -192,5 +201,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv_bwd", kernel("causal_conv1d", &Kernels::conv_bwd), Release());
   m.def("norm_fwd", kernel("add_rms_norm", &Kernels::norm_fwd), Release());
   m.def("norm_bwd", kernel("add_rms_norm", &Kernels::norm_bwd), Release());
-  m.def("mixer_fwd", kernel("mixer_inner", &Kernels::mixer_fwd), Release());
+  m.def("mixer_fwd", &mixer_fwd, Release());
 }

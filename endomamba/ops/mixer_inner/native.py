@@ -1,0 +1,84 @@
+"""The C++ mixer: conv, x_proj, dt_proj, scan and gate in one call.  What a backward needs it does not keep."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._extension import C as _C
+from .._native import DTYPES, unsupported, view
+from .._scan import empty
+from . import compose
+from .compose import IDENTITY, Linear, Side, Walk
+
+__all__ = ["fwd", "step", "unsupported"]
+
+
+def _run(
+    xz: Tensor,
+    sides: tuple[Side, ...],
+    scale: float,
+    states: tuple[Tensor | None, Tensor | None],
+    finals: tuple[Tensor | None, Tensor | None],
+) -> Tensor:
+    """-> y (b, l, d).  States: conv (b, w - 1, d) and ssm (b, d, n), fp32; the final ones are written, in place of the
+    initial ones where they are the same tensors."""
+    dtype, (b, l, _) = xz.dtype, xz.shape
+    side = sides[0]
+    (d, n), w, r = side.A.shape, side.conv_weight.shape[1], side.dt_proj_weight.shape[1]
+    y = xz.new_empty(b, l, d)
+    u = xz.new_empty(len(sides), b, l, d)
+    projected = xz.new_empty(len(sides), b, l, r + 2 * (-(-n // 4) * 4), dtype=torch.float32)
+    start, *strides = view(xz)
+    # What the kernel reads must live until it has returned.
+    kept = [None if t is None else t.contiguous() for side in sides for t in _in_dtype(side, dtype)]
+    _C.mixer_fwd(
+        (b, l, d, n, w, r), DTYPES[dtype], torch.get_num_threads(), scale, False,
+        (start, *strides), (start + d * strides[2] * xz.element_size(), *strides),
+        (y.data_ptr(), u.data_ptr(), projected.data_ptr()), *map(view, (*states, *finals)),
+        [0 if t is None else t.data_ptr() for t in kept],
+    )  # fmt: skip
+    return y
+
+
+def _in_dtype(side: Side, dtype: torch.dtype) -> Side:
+    """With both matrices in `dtype`."""
+    if side.x_proj_weight.dtype == dtype == side.dt_proj_weight.dtype:
+        return side
+    return side._replace(x_proj_weight=side.x_proj_weight.to(dtype), dt_proj_weight=side.dt_proj_weight.to(dtype))
+
+
+def fwd(
+    xz: Tensor,
+    side: Side,
+    side_b: Side | None,
+    initial_conv_state: Tensor | None,
+    initial_ssm_state: Tensor | None,
+    walk: Walk,
+    scale: float,
+    return_final_state: bool,
+    save_states: bool,
+    out_proj: Linear = IDENTITY,
+    in_proj: Linear = IDENTITY,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`compose.fwd`, and that itself for a backward to come and for other walks than frame by frame, forwards."""
+    if save_states or walk.cu_seqlens is not None or walk.reverse or walk.frames:
+        return compose.fwd(
+            "cpu", xz, side, side_b, initial_conv_state, initial_ssm_state, walk, scale, return_final_state,
+            save_states, out_proj, in_proj,
+        )  # fmt: skip
+    xz = compose.linear(xz, in_proj)
+    b, (d, n), w = xz.shape[0], side.A.shape, side.conv_weight.shape[1]
+    shapes = ((b, w - 1, d), (b, d, n)) if return_final_state else ((), ())
+    finals = tuple(empty(xz, *shape, dtype=torch.float32) for shape in shapes)
+    sides = (side,) if side_b is None else (side, side_b)
+    written = finals if return_final_state else (None, None)
+    y = _run(xz, sides, scale, (initial_conv_state, initial_ssm_state), written)
+    chunks = (empty(xz, dtype=torch.float32) for _ in range(2))
+    return compose.linear(y, out_proj), *finals, *chunks
+
+
+def step(xz: Tensor, side: Side, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
+    """-> y; both states are overwritten."""
+    states = (conv_state, ssm_state)
+    return _run(xz, (side,), 1.0, states, states)
