@@ -184,11 +184,13 @@ OUT_FORMS = {
     "reverse": dict(walk=dict(reverse=True), bias=False),
     "time": dict(walk=dict(order="time", frames=3)),
     "packed": dict(b=1, walk=dict(cu_seqlens=(0, 4, 4, 21), max_seqlen=17)),
-    "n20": dict(b=1, l=9, n=20),  # more than one launch of the Triton scan
+    # More than one launch of the Triton scan.  So few tokens that eager happens to err by a third of an ulp in dt_proj's
+    # gradient, of other seeds by far more: 5 instead of 4 times as much.
+    "n20": dict(b=1, l=9, n=20, slack=5.0),
     "both": dict(both=True),
     "both-no-bias": dict(both=True, bias=False),
     "both-in-turn": dict(both=True, plan="invariant"),
-    "both-n20": dict(both=True, b=1, l=9, n=20),
+    "both-n20": dict(both=True, b=1, l=9, n=20, slack=5.0),
     "long": dict(b=1, l=130),
     "fp16": dict(dtype=torch.float16, both=True),
     "bf16": dict(dtype=torch.bfloat16),
@@ -199,7 +201,7 @@ OUT_FORMS = {
 @pytest.mark.parametrize("form", on.few(OUT_FORMS, "states", "both", "both-n20"))
 def test_out_proj_equals_a_linear_after_it(form, backend):
     """The output, every gradient, and y itself: its gradient of the weight is dout' y, with the y of the backward."""
-    o = dict(b=2, l=21, n=4, both=False, states=False, bias=True, plan="auto", walk={}, dtype=torch.float32)
+    o = dict(b=2, l=21, n=4, both=False, states=False, bias=True, plan="auto", walk={}, dtype=torch.float32, slack=4.0)
     o |= OUT_FORMS[form]
     if o["dtype"] not in on.DTYPES.values():
         pytest.skip("the interpreter has bf16 wrong")
@@ -234,7 +236,7 @@ def test_out_proj_equals_a_linear_after_it(form, backend):
     assert got[0][0].shape == (*xz.shape[:2], c)
     for values in zip(got, eager, truth, strict=True):
         for i, triple in enumerate(zip(*values, strict=True)):
-            assert_as_accurate_as_eager(f"{i}", *triple, slack=4.0 * on.slack(backend))
+            assert_as_accurate_as_eager(f"{i}", *triple, slack=o["slack"] * on.slack(backend))
 
 
 @pytest.mark.parametrize("bias", [True, False])

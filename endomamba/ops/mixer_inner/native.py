@@ -1,4 +1,4 @@
-"""The C++ mixer: conv, x_proj, dt_proj, scan and gate in one call.  What a backward needs it does not keep."""
+"""The C++ mixer: conv, x_proj, dt_proj, scan and gate in one call."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._extension import C as _C
 from .._native import DTYPES, unsupported, view
-from .._scan import empty
+from .._scan import chunk_states_shape, empty
 from . import compose
 from .compose import IDENTITY, Linear, Side, Walk
 
@@ -20,9 +20,10 @@ def _run(
     scale: float,
     states: tuple[Tensor | None, Tensor | None],
     finals: tuple[Tensor | None, Tensor | None],
+    chunks: tuple[Tensor | None, ...] = (None, None),
 ) -> Tensor:
     """-> y (b, l, d).  States: conv (b, w - 1, d) and ssm (b, d, n), fp32; the final ones are written, in place of the
-    initial ones where they are the same tensors."""
+    initial ones where they are the same tensors.  chunks: of each side, gets the states that a backward reads."""
     dtype, (b, l, _) = xz.dtype, xz.shape
     side = sides[0]
     (d, n), w, r = side.A.shape, side.conv_weight.shape[1], side.dt_proj_weight.shape[1]
@@ -31,9 +32,10 @@ def _run(
     projected = xz.new_empty(len(sides), b, l, r + 2 * (-(-n // 4) * 4), dtype=torch.float32)
     start, *strides = view(xz)
     # What the kernel reads must live until it has returned.
-    kept = [None if t is None else t.contiguous() for side in sides for t in _in_dtype(side, dtype)]
+    kept = [t for side, to in zip(sides, chunks, strict=False) for t in (*_in_dtype(side, dtype), to)]
+    kept = [t if t is None or t.is_contiguous() else t.contiguous() for t in kept]
     _C.mixer_fwd(
-        (b, l, d, n, w, r), DTYPES[dtype], torch.get_num_threads(), scale, False,
+        (b, l, d, n, w, r), DTYPES[dtype], torch.get_num_threads(), scale,
         (start, *strides), (start + d * strides[2] * xz.element_size(), *strides),
         (y.data_ptr(), u.data_ptr(), projected.data_ptr()), *map(view, (*states, *finals)),
         [0 if t is None else t.data_ptr() for t in kept],
@@ -61,8 +63,8 @@ def fwd(
     out_proj: Linear = IDENTITY,
     in_proj: Linear = IDENTITY,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`compose.fwd`, and that itself for a backward to come and for other walks than frame by frame, forwards."""
-    if save_states or walk.cu_seqlens is not None or walk.reverse or walk.frames:
+    """`compose.fwd`, and that itself for other walks than frame by frame, forwards."""
+    if walk.cu_seqlens is not None or walk.reverse or walk.frames:
         return compose.fwd(
             "cpu", xz, side, side_b, initial_conv_state, initial_ssm_state, walk, scale, return_final_state,
             save_states, out_proj, in_proj,
@@ -73,8 +75,12 @@ def fwd(
     finals = tuple(empty(xz, *shape, dtype=torch.float32) for shape in shapes)
     sides = (side,) if side_b is None else (side, side_b)
     written = finals if return_final_state else (None, None)
-    y = _run(xz, sides, scale, (initial_conv_state, initial_ssm_state), written)
-    chunks = (empty(xz, dtype=torch.float32) for _ in range(2))
+    chunks = [empty(xz, dtype=torch.float32) for _ in range(2)]
+    if save_states:
+        shape = chunk_states_shape(xz[..., :d], side.A, None)
+        chunks[: len(sides)] = [empty(xz, *shape, dtype=torch.float32) for _ in sides]
+    kept = chunks if save_states else (None, None)
+    y = _run(xz, sides, scale, (initial_conv_state, initial_ssm_state), written, kept)
     return compose.linear(y, out_proj), *finals, *chunks
 
 
