@@ -21,6 +21,7 @@ struct MixerArgs {
   int64_t b = 0, l = 0, d = 0, n = 0, w = 0, r = 0;
   int dtype = 0, threads = 1;
   int directions = 0;  // 2: the second one walks backwards; no states then
+  bool log_A = false;  // A holds log(-A)
   float scale = 1.0f;  // of the sum over the directions
   View x, z, y;        // (b,l,d)
   View initial_conv_state, final_conv_state;  // (b,w-1,d) fp32; both may be the same memory

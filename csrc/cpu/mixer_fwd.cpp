@@ -163,7 +163,9 @@ void scan_task(const MixerArgs& a, int64_t row, int64_t first) {
       const int64_t channel = first + block * W;
       const int lanes = int(min64(W, first + width - channel));
       float *A = matrices.get() + block * per_block, *state = A + states * W, *dt_weight = state + states * W;
-      load_states(dir.A.at<float>(channel), dir.A, 0, a.n, lanes, kLog2e, A);
+      load_states(dir.A.at<float>(channel), dir.A, 0, a.n, lanes, a.log_A ? 1.0f : kLog2e, A);
+      if (a.log_A)
+        for (int64_t s = 0; s < a.n; ++s) store(A + s * W, exp(load(A + s * W)) * set1(-kLog2e));
       if (a.initial_state)
         load_states(a.initial_state.at<float>(row, channel), a.initial_state, 1, a.n, lanes, 1.0f, state);
       else

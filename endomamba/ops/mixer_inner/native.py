@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .._backend import undisturbed
 from .._extension import C as _C
 from .._native import DTYPES, unsupported, view
 from .._scan import chunk_states_shape, empty
 from . import compose
 from .compose import IDENTITY, Linear, Side, Walk
 
-__all__ = ["fwd", "step", "unsupported"]
+__all__ = ["fwd", "runs_modules", "step", "unsupported", "whole"]
 
 
 def _run(
@@ -21,9 +23,11 @@ def _run(
     states: tuple[Tensor | None, Tensor | None],
     finals: tuple[Tensor | None, Tensor | None],
     chunks: tuple[Tensor | None, ...] = (None, None),
+    log_A: bool = False,
 ) -> Tensor:
     """-> y (b, l, d).  States: conv (b, w - 1, d) and ssm (b, d, n), fp32; the final ones are written, in place of the
-    initial ones where they are the same tensors.  chunks: of each side, gets the states that a backward reads."""
+    initial ones where they are the same tensors.  chunks: of each side, gets the states that a backward reads.
+    log_A: A is log(-A)."""
     dtype, (b, l, _) = xz.dtype, xz.shape
     side = sides[0]
     (d, n), w, r = side.A.shape, side.conv_weight.shape[1], side.dt_proj_weight.shape[1]
@@ -35,7 +39,7 @@ def _run(
     kept = [t for side, to in zip(sides, chunks, strict=False) for t in (*_in_dtype(side, dtype), to)]
     kept = [t if t is None or t.is_contiguous() else t.contiguous() for t in kept]
     _C.mixer_fwd(
-        (b, l, d, n, w, r), DTYPES[dtype], torch.get_num_threads(), scale,
+        (b, l, d, n, w, r), DTYPES[dtype], torch.get_num_threads(), scale, log_A,
         (start, *strides), (start + d * strides[2] * xz.element_size(), *strides),
         (y.data_ptr(), u.data_ptr(), projected.data_ptr()), *map(view, (*states, *finals)),
         [0 if t is None else t.data_ptr() for t in kept],
@@ -88,3 +92,32 @@ def step(xz: Tensor, side: Side, conv_state: Tensor, ssm_state: Tensor) -> Tenso
     """-> y; both states are overwritten."""
     states = (conv_state, ssm_state)
     return _run(xz, (side,), 1.0, states, states)
+
+
+# --- a mixer's own parameters, in eager inference --------------------------------------------------------------------
+# What a module made needs no check of its shapes, and -exp(A_log) no tensor: with both a small frame waits for Python.
+
+
+def runs_modules(u: Tensor, side: Side, backend: str) -> bool:
+    """Whether `whole` may stand for the ops here: on a CPU, with nobody looking at the dispatcher."""
+    return (
+        u.device.type == "cpu"
+        and backend in ("auto", "cpu")
+        and u.dtype == side.x_proj_weight.dtype
+        and side.A.dtype == side.conv_weight.dtype == torch.float32
+        and undisturbed()
+        and not unsupported(u)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def whole(
+    u: Tensor, in_proj: Linear, sides: tuple[Side, ...], out_proj: Linear, states: tuple[Tensor | None, Tensor | None]
+) -> Tensor:
+    """A mixer from in_proj's input to out_proj's output; the states are overwritten.
+
+    sides: as the modules hold them, the conv weight (d, 1, w), and A_log for A.
+    """
+    xz = F.linear(u, *in_proj)
+    sides = tuple(side._replace(conv_weight=side.conv_weight.squeeze(1)) for side in sides)
+    return F.linear(_run(xz, sides, 1.0, states, states, log_A=True), *out_proj)
