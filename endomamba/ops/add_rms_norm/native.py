@@ -43,9 +43,9 @@ def _shape(x: Tensor) -> tuple[int, int, int]:
 
 
 def add_norm_fwd(x, weight, bias, residual, row_scale, eps, layer_norm):
-    b, m, c = shape = _shape(x)
+    shape = _shape(x)
     normed, new_residual = x.new_empty(x.shape), weight.new_empty(x.shape)
-    stats = weight.new_empty(1 + layer_norm, b * m)
+    stats = weight.new_empty(1 + layer_norm, shape[0] * shape[1])
     rows, residual_rows = ((t if t is None or t.is_contiguous() else _rows(t, shape)) for t in (x, residual))
     _C.norm_fwd(
         shape, DTYPES[x.dtype], torch.get_num_threads(), layer_norm, eps,

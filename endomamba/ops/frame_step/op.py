@@ -15,9 +15,7 @@ from ..mixer_inner.op import mixer_flops
 
 def composed(backend: str, xz: Tensor, side: Side, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
     walk = Walk(None, False, 0, 0, "invariant")
-    y, new_conv, new_ssm, *_ = compose.fwd(
-        backend, xz, side, None, conv_state, ssm_state, walk, 1.0, True, False
-    )
+    y, new_conv, new_ssm, *_ = compose.fwd(backend, xz, side, None, conv_state, ssm_state, walk, 1.0, True, False)
     conv_state.copy_(new_conv)
     ssm_state.copy_(new_ssm)
     return y
