@@ -26,57 +26,65 @@ constexpr int kTile = W == 16 ? 6 : W == 8 ? 3 : 3;  // tokens of a tile: with 4
 
 // --- x_proj ----------------------------------------------------------------------------------------------------------
 
-// The next elements of a row for a dot product; which lane takes which does not matter, as long as both rows agree.
+// The next kStep elements of a row for a dot product; which lane takes which does not matter, as long as both rows agree.
 template <class T>
-struct Reader {
+struct Dot {
   static constexpr int64_t kStep = W;
-  static constexpr int kParts = 1;
-  static ENDOMAMBA_INLINE void read(const T* p, vf* out) { out[0] = load_full(p); }
+  using Elements = vf;
+  static ENDOMAMBA_INLINE Elements read(const T* p) { return load_full(p); }
+  static ENDOMAMBA_INLINE vf add(vf sum, Elements x, Elements w) { return sum + x * w; }
 };
 
 template <>
-struct Reader<bf16> {  // two to a lane of 32 bits: the upper half is an fp32 already
+struct Dot<bf16> {
   static constexpr int64_t kStep = 2 * W;
-  static constexpr int kParts = 2;
-  static ENDOMAMBA_INLINE void read(const bf16* p, vf* out) {
+#if defined(__AVX512BF16__)
+  using Elements = __m512bh;
+  static ENDOMAMBA_INLINE Elements read(const bf16* p) { return (Elements)_mm512_loadu_si512(p); }
+  static ENDOMAMBA_INLINE vf add(vf sum, Elements x, Elements w) { return (vf)_mm512_dpbf16_ps((__m512)sum, x, w); }
+#else
+  struct Elements {  // two to a lane of 32 bits: the upper half is an fp32 already
+    vf low, high;
+  };
+  static ENDOMAMBA_INLINE Elements read(const bf16* p) {
     vu bits;
     std::memcpy(&bits, p, sizeof bits);
-    out[0] = (vf)(bits << 16);
-    out[1] = (vf)(bits & 0xffff0000u);
+    return {(vf)(bits << 16), (vf)(bits & 0xffff0000u)};
   }
+  static ENDOMAMBA_INLINE vf add(vf sum, Elements x, Elements w) { return sum + x.low * w.low + x.high * w.high; }
+#endif
 };
+
+// The last count < kStep elements of a row, and zeros.
+template <class T>
+ENDOMAMBA_INLINE typename Dot<T>::Elements read_rest(const T* p, int64_t count) {
+  T rest[Dot<T>::kStep] = {};
+  std::memcpy(rest, p, count * sizeof(T));
+  return Dot<T>::read(rest);
+}
 
 // out[t][c] = <u[t], weight[c]> for TOKENS rows of u and COLUMNS of weight.
 template <class T, int TOKENS, int COLUMNS>
 void dot_tile(const T* u, int64_t u_stride, const T* weight, int64_t weight_stride, int64_t d, float* out,
               int64_t out_stride) {
-  using R = Reader<T>;
   vf sums[TOKENS][COLUMNS];
   for (int t = 0; t < TOKENS; ++t)
     for (int c = 0; c < COLUMNS; ++c) sums[t][c] = zero();
   const auto add = [&](const auto& read) __attribute__((always_inline)) {
-    vf w[COLUMNS][R::kParts];
+    typename Dot<T>::Elements w[COLUMNS];
 #pragma GCC unroll 4
-    for (int c = 0; c < COLUMNS; ++c) read(weight + c * weight_stride, w[c]);
+    for (int c = 0; c < COLUMNS; ++c) w[c] = read(weight + c * weight_stride);
 #pragma GCC unroll 6
     for (int t = 0; t < TOKENS; ++t) {
-      vf x[R::kParts];
-      read(u + t * u_stride, x);
+      const auto x = read(u + t * u_stride);
 #pragma GCC unroll 4
-      for (int c = 0; c < COLUMNS; ++c)
-#pragma GCC unroll 2
-        for (int part = 0; part < R::kParts; ++part) sums[t][c] += x[part] * w[c][part];
+      for (int c = 0; c < COLUMNS; ++c) sums[t][c] = Dot<T>::add(sums[t][c], x, w[c]);
     }
   };
   int64_t k = 0;
-  for (; k + R::kStep <= d; k += R::kStep) add([&](const T* p, vf* v) __attribute__((always_inline)) { R::read(p + k, v); });
-  if (k < d)
-    add([&](const T* p, vf* v) {
-      for (int part = 0; part < R::kParts; ++part) {
-        const int64_t left = d - k - part * W;
-        v[part] = load_lanes(p + k + part * W, 1, int(left < 0 ? 0 : left));
-      }
-    });
+  for (; k + Dot<T>::kStep <= d; k += Dot<T>::kStep)
+    add([&](const T* row) __attribute__((always_inline)) { return Dot<T>::read(row + k); });
+  if (k < d) add([&](const T* row) __attribute__((always_inline)) { return read_rest(row + k, d - k); });
   for (int t = 0; t < TOKENS; ++t)
     for (int c = 0; c < COLUMNS; ++c) out[t * out_stride + c] = sum(sums[t][c]);
 }

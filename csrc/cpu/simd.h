@@ -1,4 +1,4 @@
-// Vectors of W fp32 lanes for the level this file is compiled at (baseline, AVX2, AVX-512), and the few functions that
+// Vectors of W fp32 lanes for the level this file is compiled at (baseline, AVX2, AVX-512 with and without BF16), and the few functions that
 // the kernels need on them.  GCC / Clang vector extensions carry the arithmetic (contracted to FMA where the level has
 // it); intrinsics stand only where the compilers find no good code by themselves.
 //
@@ -306,7 +306,9 @@ ENDOMAMBA_INLINE vf load_full(const fp16* p) {
 ENDOMAMBA_INLINE void store_full(float* p, vf v) { store(p, v); }
 
 ENDOMAMBA_INLINE void store_full(bf16* p, vf v) {
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#elif defined(__AVX512F__)
   const __m512i bits = (__m512i)v;
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
