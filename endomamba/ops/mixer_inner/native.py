@@ -83,8 +83,8 @@ def fwd(
     if save_states:
         shape = chunk_states_shape(xz[..., :d], side.A, None)
         chunks[: len(sides)] = [empty(xz, *shape, dtype=torch.float32) for _ in sides]
-    kept = chunks if save_states else (None, None)
-    y = _run(xz, sides, scale, (initial_conv_state, initial_ssm_state), written, kept)
+    saved = chunks if save_states else (None, None)
+    y = _run(xz, sides, scale, (initial_conv_state, initial_ssm_state), written, saved)
     return compose.linear(y, out_proj), *finals, *chunks
 
 
