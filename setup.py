@@ -33,6 +33,7 @@ LEVELS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     LEVELS["avx512"] = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", *LEVELS["avx2"]]
+    LEVELS["avx512bf16"] = ["-mavx512bf16", *LEVELS["avx512"]]
 
 
 class BuildError(Exception):

@@ -3,8 +3,9 @@
     python -m bench.bench_cpu_frame --threads 2 --save         # tiny and small, fp32 and bf16: two minutes
     python -m bench.bench_cpu_frame --model tiny --dtype fp32 --where
 
-The products are recorded from a frame: every call of `F.linear`, its shapes, strides and dtypes, and the model's own
-weights; their FLOPs must be those that the architecture has.  Alone they run one after the other on inputs that lie in
+The products are recorded from a frame of the PyTorch reference, as the C++ mixer does the two small ones of a layer
+itself: every call of `F.linear`, its shapes, strides and dtypes, and the weights; their FLOPs must be those that the
+architecture has.  Alone they run one after the other on inputs that lie in
 cache, as in a frame, into fresh outputs.  A round times the products, the frame, the frame, the products; the ratio is
 that of the medians over all rounds, its interval (95 %) by bootstrap over rounds.  The frame's accuracy by the fp64
 reference comes first.  --where: what a frame's time goes to, by torch's profiler.
@@ -68,8 +69,8 @@ def checked(model: nn.Module, name: str, dtype: str, options: dict[str, Any]) ->
     return error
 
 
-def products_of(frame: Callable[[], object]) -> tuple[list[Product], int]:
-    """-> the calls of F.linear in a frame, to be called again, and their FLOPs."""
+def products_of(model: nn.Module, x: Tensor) -> tuple[list[Product], int]:
+    """-> the calls of F.linear in a frame of this reference, to be called again, and their FLOPs."""
     calls: list[tuple[Tensor, Tensor, Tensor | None]] = []
     linear = F.linear
 
@@ -78,7 +79,7 @@ def products_of(frame: Callable[[], object]) -> tuple[list[Product], int]:
         return linear(x, weight, bias)
 
     with torch.inference_mode(), mock.patch.object(F, "linear", note):
-        frame()
+        model.step_(x, model.init_state(1))
     inputs: dict[Any, Tensor] = {}  # one of each kind: what a layer reads was written just before
     products, flops = [], 0
     for x, weight, bias in calls:
@@ -118,7 +119,9 @@ def measure(name: str, dtype: str, rounds: int, options: dict[str, Any]) -> dict
         with torch.inference_mode():
             model.step_(x, state)
 
-    products, flops = products_of(frame)
+    reference = create(name, **options, backend="reference").to(DTYPES[dtype])
+    reference.load_state_dict(model.state_dict())
+    products, flops = products_of(reference, x)
     assert flops == expected_flops(model), (
         f"{name}: {flops} FLOPs recorded, the architecture has {expected_flops(model)}"
     )
@@ -163,7 +166,7 @@ def measure(name: str, dtype: str, rounds: int, options: dict[str, Any]) -> dict
 def kernels_named():
     """The C++ kernels under their op's name in a profile."""
     before = {op: table["cpu"] for op, table in TABLES.items()}
-    for op in ("selective_scan", "bidirectional_scan", "causal_conv1d", "bidirectional_conv1d", "add_rms_norm"):
+    for op in ("mixer_inner", "frame_step", "add_rms_norm"):
 
         def named(*args, op=op):
             with torch.profiler.record_function(f"kernel {op}"):

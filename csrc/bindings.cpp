@@ -2,9 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
@@ -32,9 +35,66 @@ void check_packed(const char* op, const Args& a) {
 template <class Args>
 auto kernel(const char* op, void (*Kernels::*run)(const Args&)) {
   return [op, run](const Args& a) {
-    if constexpr (!std::is_same_v<Args, NormArgs>) check_packed(op, a);
+    if constexpr (std::is_same_v<Args, ScanArgs> || std::is_same_v<Args, ConvArgs>) check_packed(op, a);
     (kernels().*run)(a);
   };
+}
+
+// Contiguous, of these sizes, at an address (0: absent).
+View contiguous(int64_t address, std::initializer_list<int64_t> sizes) {
+  View view;
+  view.p = reinterpret_cast<char*>(address);
+  int64_t stride = 1, i = int64_t(sizes.size());
+  for (auto size = sizes.end(); size != sizes.begin(); stride *= *--size) view.s[--i] = stride;
+  return view;
+}
+
+// The forward calls of a frame come as plain numbers, and what is contiguous as an address alone: structs filled field by
+// field from Python cost as much as a small frame's kernel.
+
+// sizes: b, l, d, n, w, r.  sides: 8 addresses for each direction.
+void mixer_fwd(const std::array<int64_t, 6>& sizes, int dtype, int threads, double scale, bool log_A, const View& x,
+               const View& z, const std::array<int64_t, 3>& scratch, const View& conv_state, const View& ssm_state,
+               const View& final_conv_state, const View& final_ssm_state, const std::vector<int64_t>& sides) {
+  MixerArgs a;
+  a.b = sizes[0], a.l = sizes[1], a.d = sizes[2], a.n = sizes[3], a.w = sizes[4], a.r = sizes[5];
+  a.dtype = dtype, a.threads = threads, a.scale = float(scale), a.log_A = log_A;
+  a.x = x, a.z = z;
+  a.initial_conv_state = conv_state, a.initial_state = ssm_state;
+  a.final_conv_state = final_conv_state, a.final_state = final_ssm_state;
+  a.directions = int(sides.size()) / 8;
+  const int64_t elements = a.b * a.l * a.d, floats = projected_floats(a), bytes = dtype == 0 ? 4 : 2;
+  a.y = contiguous(scratch[0], {a.b, a.l, a.d});
+  for (int i = 0; i < a.directions; ++i) {
+    MixerDirection& dir = a.dir[i];
+    const int64_t* at = sides.data() + 8 * i;
+    dir.conv_weight = contiguous(at[0], {a.d, a.w});
+    dir.conv_bias = contiguous(at[1], {a.d});
+    dir.x_proj = contiguous(at[2], {a.r + 2 * a.n, a.d});
+    dir.dt_proj = contiguous(at[3], {a.d, a.r});
+    dir.dt_bias = contiguous(at[4], {a.d});
+    dir.A = contiguous(at[5], {a.d, a.n});
+    dir.D = contiguous(at[6], {a.d});
+    dir.chunk_states = contiguous(at[7], {a.b, (a.l + kChunk - 1) / kChunk, a.d, a.n});
+    dir.u = contiguous(scratch[1] + i * elements * bytes, {a.b, a.l, a.d});
+    dir.projected = contiguous(scratch[2] + i * a.b * a.l * floats * 4, {a.b, a.l, floats});
+  }
+  kernels().mixer_fwd(a);
+}
+
+// sizes: b, m, c.  outputs: normed, new residual and the rows of stats, the mean's first.
+void norm_fwd(const std::array<int64_t, 3>& sizes, int dtype, int threads, bool layer_norm, double eps, const View& x,
+              const View& residual, const View& weight, const View& bias, const View& row_scale,
+              const std::array<int64_t, 3>& outputs) {
+  NormArgs a;
+  a.b = sizes[0], a.m = sizes[1], a.c = sizes[2];
+  a.dtype = dtype, a.threads = threads, a.layer_norm = layer_norm, a.eps = float(eps);
+  a.x = x, a.residual = residual, a.weight = weight, a.bias = bias, a.row_scale = row_scale;
+  a.normed = contiguous(outputs[0], {a.b, a.m, a.c});
+  a.new_residual = contiguous(outputs[1], {a.b, a.m, a.c});
+  if (layer_norm) a.mean = contiguous(outputs[2], {a.b * a.m});
+  a.rstd = contiguous(outputs[2] + (layer_norm ? 4 * a.b * a.m : 0), {a.b * a.m});
+  kernels().norm_fwd(a);
 }
 
 }  // namespace
@@ -132,13 +192,9 @@ PYBIND11_MODULE(_C, m) {
       .FIELD(NormArgs, dtype)
       .FIELD(NormArgs, threads)
       .FIELD(NormArgs, layer_norm)
-      .FIELD(NormArgs, eps)
       .FIELD(NormArgs, x)
-      .FIELD(NormArgs, normed)
-      .FIELD(NormArgs, residual)
       .FIELD(NormArgs, new_residual)
       .FIELD(NormArgs, weight)
-      .FIELD(NormArgs, bias)
       .FIELD(NormArgs, row_scale)
       .FIELD(NormArgs, mean)
       .FIELD(NormArgs, rstd)
@@ -157,6 +213,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("scan_bwd", kernel("scan", &Kernels::scan_bwd), Release());
   m.def("conv_fwd", kernel("causal_conv1d", &Kernels::conv_fwd), Release());
   m.def("conv_bwd", kernel("causal_conv1d", &Kernels::conv_bwd), Release());
-  m.def("norm_fwd", kernel("add_rms_norm", &Kernels::norm_fwd), Release());
+  m.def("norm_fwd", &norm_fwd, Release());
   m.def("norm_bwd", kernel("add_rms_norm", &Kernels::norm_bwd), Release());
+  m.def("mixer_fwd", &mixer_fwd, Release());
 }

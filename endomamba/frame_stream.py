@@ -11,19 +11,24 @@ waits for it.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .models import EndoMamba, StreamState
+from .models.endomamba import FrameWeights
 from .models.state import Rows
+from .ops._backend import reasons
 from .preprocess import IMAGENET_MEAN, IMAGENET_STD, normalisation, resize, to_input
 
 POSITIONS = ("processed", "elapsed")
+PACKED_ROWS = 1000  # patches of all streams: from there on the products of a library are faster than the fused kernels
 WARM_UP = 3  # frames before a capture: kernels are compiled, libraries choose theirs
 
 Size = tuple[int, int]
@@ -43,6 +48,8 @@ class FrameStream:
     its camera gave ("elapsed", see `step`), where dropped and not finite ones leave a gap.
     graph: capture CUDA graphs; None: on a GPU, unless the model's state grows (the attention twin's does).  Replays
     read the model's weights where they were: after `model.to` or an assignment make a new FrameStream.
+    packed: run the blocks in fused kernels, with a copy of the weights that is packed here and does not see what they
+    become later; None: on a GPU, for a few streams, where the kernels take the model (`endomamba.ops.frame_blocks`).
     """
 
     def __init__(
@@ -55,6 +62,7 @@ class FrameStream:
         std: tuple[float, ...] = IMAGENET_STD,
         positions: str = "processed",
         graph: bool | None = None,
+        packed: bool | None = None,
     ) -> None:
         if model.training:
             raise ValueError(
@@ -77,6 +85,7 @@ class FrameStream:
         self._scale, self._shift = (t.to(self.device) for t in normalisation(mean, std))
         # On a GPU the model's first kernel reads pictures; on a CPU normalising them apart costs as much.
         self._gives_pictures = self.device.type == "cuda" and isinstance(model, EndoMamba)
+        self._weights = self._may_pack(packed)
         self._answer: Tensor | None = None  # (b, k)
         self._active = _Mailbox([True] * batch_size, torch.bool, self.device)
         self._gap = _Mailbox([0] * batch_size, torch.int64, self.device)
@@ -90,6 +99,27 @@ class FrameStream:
             why = f"the model is on {self.device}" if self._apart else "its state grows from frame to frame"
             raise ValueError(f"FrameStream: graph=True needs a model with a state of fixed size on a GPU: {why}")
         return able if graph is None else graph
+
+    def _may_pack(self, packed: bool | None) -> FrameWeights | None:
+        if packed is False or (packed is None and self.device.type != "cuda"):
+            return None
+        if not isinstance(self.model, EndoMamba) or not isinstance(self._state, StreamState):
+            weights, why = None, ["the model is no EndoMamba"]
+        elif packed is None and self.batch_size * math.prod(self.model.config.grid) > PACKED_ROWS:
+            return None
+        else:
+            weights = self.model.frame_weights()
+            why = [] if self.device.type == "cpu" else self._speaks_against(weights)
+        if packed and why:
+            raise ValueError(f"FrameStream: packed=True needs the kernels of frame_blocks: {'; '.join(why)}")
+        return None if why else weights
+
+    def _speaks_against(self, weights: FrameWeights) -> list[str]:
+        kinds = [blocks[0] for blocks in (weights.spatial, weights.temporal) if blocks]
+        found = [reasons("frame_blocks", "triton", self._state.ssm, kind) for kind in kinds]
+        if self.model.config.backend not in ("auto", "triton"):
+            found.append([f"the model was made with backend={self.model.config.backend!r}"])
+        return list(dict.fromkeys(reason for some in found for reason in some))
 
     # ---- frames in, answers out
 
@@ -152,8 +182,12 @@ class FrameStream:
         state, before = self._state, self._before
         if self.positions == "elapsed":
             state.frame.add_(self._gap.buffer)
-        normalisation = ((self._scale, self._shift),) if x.dtype == torch.uint8 else ()
-        logits = self.model.step_(x, state, *normalisation)[:, 0]
+        options: dict[str, Any] = {}
+        if x.dtype == torch.uint8:
+            options["normalisation"] = (self._scale, self._shift)
+        if self._weights is not None:
+            options["weights"] = self._weights
+        logits = self.model.step_(x, state, **options)[:, 0]
         if self._answer is None:
             with torch.inference_mode(False):
                 self._answer = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
@@ -380,7 +414,7 @@ class _Mailbox:
         if numbers == self.sent:
             return
         self.sent = numbers
-        values = torch.tensor(numbers, dtype=self.buffer.dtype)
+        values = torch.tensor(numbers, dtype=self.buffer.dtype, device="cpu")  # whatever the default device is
         if not self.buffer.is_cuda:
             self.buffer.copy_(values)
             return

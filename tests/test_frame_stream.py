@@ -5,6 +5,7 @@ With ENDOMAMBA_TEST_DEVICE=cuda the same tests run on a GPU, where every stream 
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import os
@@ -318,7 +319,8 @@ def test_frames_of_any_size_are_resized_as_in_training(model, shape):
     plain = torch.nn.functional.interpolate(
         frames[-1].permute(2, 0, 1)[None].double() / 255, (SIZE, SIZE), mode="bilinear", antialias=True
     )[0]
-    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (camera.mean, camera.std))
+    like = dict(dtype=torch.float64, device="cpu")
+    mean, std = (torch.tensor(v, **like).view(3, 1, 1) for v in (camera.mean, camera.std))
     level = 1.01 / 255 / min(camera.std)  # the resize rounds to uint8, as the training's does
     torch.testing.assert_close(read.double(), (plain - mean) / std, rtol=0, atol=level)
 
@@ -375,6 +377,41 @@ def test_a_replay_finds_all_that_a_call_depends_on_in_buffers(model):
     for frames, elapsed in calls:
         assert torch.equal(eager(frames, elapsed).nan_to_num(9), graphed(frames, elapsed).nan_to_num(9))
     assert eager.frames == graphed.frames == [9, 10] and eager.not_finite == graphed.not_finite == [1, 1]
+
+
+@pytest.mark.parametrize("state", [16, 2], ids=["kernels", "other states"])
+def test_packed_weights_give_the_same_answers(state):
+    """Up to the order of sums; with two states the kernels of a GPU do not take the model, which is said."""
+    model = long_memory(d_state=state)
+    if DEVICE == "cuda" and state == 2:
+        with pytest.raises(ValueError, match=r"needs the kernels of frame_blocks: .* for 16 states, not 2"):
+            FrameStream(model, packed=True)
+        assert FrameStream(model)._weights is None
+        return
+    packed, plain = FrameStream(model, 2, packed=True), FrameStream(model, 2, packed=False)
+    for i in range(5):
+        frames = batch(i, 100 + i)
+        torch.testing.assert_close(packed(frames), plain(frames), rtol=0, atol=5 * TOLERANCE)
+    for one, other in zip(row(packed.snapshot(), 1), row(plain.snapshot(), 1), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_weights_are_a_copy(model):
+    camera = FrameStream(copy.deepcopy(model), packed=True)
+    before = camera(picture(0))
+    with torch.no_grad():
+        for block in camera.model.layers:
+            block.mixer.out_proj.weight.zero_()
+    camera.reset()
+    assert torch.equal(camera(picture(0)), before)
+
+
+def test_packed_is_for_endomamba():
+    twin = create_model(
+        "attention_twin", img_size=SIZE, patch_size=8, embed_dim=16, depth=2, num_classes=3, num_heads=2
+    ).eval()
+    with pytest.raises(ValueError, match="packed=True needs the kernels of frame_blocks: the model is no EndoMamba"):
+        FrameStream(twin.to(DEVICE), packed=True)
 
 
 def test_a_frame_asks_the_host_for_nothing():
@@ -470,7 +507,7 @@ def test_memory_does_not_grow():
     finally:
         tracemalloc.stop()
     least = min(after - before for before, after in pairwise(held))
-    assert least < 1 << 10, f"{least / 80:.1f} bytes a frame"
+    assert least < (1 << 10 if DEVICE == "cpu" else 4 << 10), f"{least / 80:.1f} bytes a frame"
     assert camera.frames == [2780, 1851]
 
 

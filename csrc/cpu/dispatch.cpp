@@ -24,15 +24,23 @@ namespace avx512 {
 extern const Kernels table;
 }
 #endif
+#ifdef ENDOMAMBA_HAS_AVX512BF16
+namespace avx512bf16 {
+extern const Kernels table;
+}
+#endif
 
 namespace {
 
 std::vector<const Kernels*> supported() {
   std::vector<const Kernels*> tables;
+  [[maybe_unused]] const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                                     __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#ifdef ENDOMAMBA_HAS_AVX512BF16
+  if (wide && __builtin_cpu_supports("avx512bf16")) tables.push_back(&avx512bf16::table);
+#endif
 #ifdef ENDOMAMBA_HAS_AVX512
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl"))
-    tables.push_back(&avx512::table);
+  if (wide) tables.push_back(&avx512::table);
 #endif
 #ifdef ENDOMAMBA_HAS_AVX2
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&avx2::table);

@@ -3,6 +3,7 @@
 
 #include "add_rms_norm.h"
 #include "causal_conv1d.h"
+#include "mixer.h"
 #include "scan.h"
 
 namespace endomamba {
@@ -15,6 +16,7 @@ struct Kernels {
   void (*conv_bwd)(const ConvArgs&);
   void (*norm_fwd)(const NormArgs&);
   void (*norm_bwd)(const NormArgs&);
+  void (*mixer_fwd)(const MixerArgs&);
 };
 
 const Kernels& kernels();

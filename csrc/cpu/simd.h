@@ -1,4 +1,4 @@
-// Vectors of W fp32 lanes for the level this file is compiled at (baseline, AVX2, AVX-512), and the few functions that
+// Vectors of W fp32 lanes for the level this file is compiled at (baseline, AVX2, AVX-512 with and without BF16), and the few functions that
 // the kernels need on them.  GCC / Clang vector extensions carry the arithmetic (contracted to FMA where the level has
 // it); intrinsics stand only where the compilers find no good code by themselves.
 //
@@ -62,7 +62,7 @@ ENDOMAMBA_INLINE vf set1(float s) {
 }
 
 ENDOMAMBA_INLINE vf zero() { return vf{}; }
-ENDOMAMBA_INLINE vf select(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
+ENDOMAMBA_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 ENDOMAMBA_INLINE vf abs(vf x) { return (vf)((vi)x & 0x7fffffff); }
 
 // p(f) = 2^f on [-1/2, 1/2].
@@ -118,14 +118,11 @@ ENDOMAMBA_INLINE vf exp(vf x) {
 #endif
 }
 
-// 1 / (1 + e^-x)
-ENDOMAMBA_INLINE vf sigmoid(vf x) {
-  const vf e = exp(-abs(x));
-  const vf inverse = set1(1.0f) / (set1(1.0f) + e);
-  return select(x < zero(), e * inverse, inverse);
-}
+// 1 / (1 + e^-x): where e^-x overflows the result is rightly zero.
+ENDOMAMBA_INLINE vf sigmoid(vf x) { return set1(1.0f) / (set1(1.0f) + exp(-x)); }
 
-// log(1 + e^x), identity above 20: max(x, 0) + log1p(u), u = e^-|x|, log1p(u) = 2 atanh(s), s = u / (2 + u) <= 1/3.
+// log(1 + e^x): max(x, 0) + log1p(u), u = e^-|x|, log1p(u) = 2 atanh(s), s = u / (2 + u) <= 1/3.  Above 20 that is x to
+// the bit; NaN stays NaN by u.
 ENDOMAMBA_INLINE vf softplus(vf x) {
   const vf u = exp(-abs(x));
   const vf s = u / (set1(2.0f) + u);
@@ -136,17 +133,20 @@ ENDOMAMBA_INLINE vf softplus(vf x) {
   p = p * q + set1(1.99994445e-1f);
   p = p * q + set1(3.33333373e-1f);
   const vf log1p = set1(2.0f) * (s + s * q * p);
-  const vf y = select(x > zero(), x, zero()) + log1p;
-  return select(x > set1(20.0f), x, select(x != x, x, y));
+  return select(x > zero(), x, zero()) + log1p;
 }
 
 // The lanes summed pairwise, always in the same order.
 ENDOMAMBA_INLINE float sum(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   float lanes[W];
   store(lanes, v);
   for (int half = W / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   return lanes[0];
+#endif
 }
 
 // Memory blocks a thread keeps between tasks: fresh ones cost a page fault per 4 KiB, a quarter of a backward call at
@@ -280,9 +280,15 @@ ENDOMAMBA_INLINE void from_float(float x, fp16& y) {
 ENDOMAMBA_INLINE vf load_full(const float* p) { return load(p); }
 
 ENDOMAMBA_INLINE vf load_full(const bf16* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
   vh bits;
   std::memcpy(&bits, p, sizeof bits);
   return (vf)(__builtin_convertvector(bits, vu) << 16);
+#endif
 }
 
 ENDOMAMBA_INLINE vf load_full(const fp16* p) {
@@ -300,12 +306,23 @@ ENDOMAMBA_INLINE vf load_full(const fp16* p) {
 ENDOMAMBA_INLINE void store_full(float* p, vf v) { store(p, v); }
 
 ENDOMAMBA_INLINE void store_full(bf16* p, vf v) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#elif defined(__AVX512F__)
+  const __m512i bits = (__m512i)v;
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  const __m512i result = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16)));
+#else
   const vu bits = (vu)v;
   const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const vu quiet = (bits >> 16) | 0x40u;
   const vu nan = (vu)(v != v);
   const vh half = __builtin_convertvector((quiet & nan) | (rounded & ~nan), vh);
   std::memcpy(p, &half, sizeof half);
+#endif
 }
 
 ENDOMAMBA_INLINE void store_full(fp16* p, vf v) {

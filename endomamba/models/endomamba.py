@@ -6,17 +6,18 @@ Letters: b clips or streams, t frames, n tokens of a frame (cls first), c channe
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import frame_embed
+from ..ops import BlockWeights, frame_blocks, frame_embed, pack_block
 from ..ops.frame_embed import temporal_positions
 from ._registry import register_model
 from .config import EndoMambaConfig
-from .heads import ClassificationHead, build_head
+from .heads import ClassificationHead, PhaseHead, build_head, pool_tokens
 from .layers import (
+    NORM_EPS,
     PatchEmbed,
     RMSNorm,
     SpatialBlock,
@@ -29,6 +30,23 @@ from .layers import (
 )
 from .mixer import BidirectionalMixer, CausalMixer
 from .state import StreamState
+
+
+class FrameWeights(NamedTuple):
+    """The weights of `step_` as its kernels read them; see `EndoMamba.frame_weights`."""
+
+    patch: Tensor  # (c, 3, p, p), channels last
+    spatial: tuple[BlockWeights, ...]
+    temporal: tuple[BlockWeights, ...]
+    head: tuple[Tensor, Tensor] | None  # weight (k, c) and bias (k,) of a Linear on pooled tokens, in fp32
+
+
+def _pack(block: SpatialBlock | TemporalBlock) -> BlockWeights:
+    mixer = block.mixer
+    directions = [mixer.parameters_forward()]
+    if isinstance(mixer, BidirectionalMixer):
+        directions.append(mixer.parameters_backward())
+    return pack_block(block.norm.weight, mixer.in_proj.weight, directions, mixer.out_proj.weight)
 
 
 class EndoMamba(nn.Module):
@@ -152,13 +170,28 @@ class EndoMamba(nn.Module):
         )
         return features, after
 
+    def frame_weights(self) -> FrameWeights:
+        """What `step_` reads, packed once: a copy, that does not see what the weights become later."""
+        head, wide = self.head, self._state_dtype()
+        pooled = isinstance(head, PhaseHead)
+        return FrameWeights(
+            self.patch_embed.proj.weight.detach().squeeze(2).to(memory_format=torch.channels_last, copy=True),
+            *(tuple(_pack(block) for block in blocks) for blocks in (self.spatial_blocks, self.temporal_blocks)),
+            tuple(t.detach().to(wide, copy=True) for t in (head.weight, head.bias)) if pooled else None,
+        )
+
     def step_(
-        self, frames: Tensor, state: StreamState, normalisation: tuple[Tensor, Tensor] | None = None
+        self,
+        frames: Tensor,
+        state: StreamState,
+        normalisation: tuple[Tensor, Tensor] | None = None,
+        weights: FrameWeights | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """`step` for inference: returns what `forward` returns and overwrites `state`, allocating no new one.
 
         normalisation: scale and shift of `endomamba.preprocess.normalisation`, on the model's device; then `frames` is
         the next picture of each stream as it is, uint8 (b, h, w, 3) of a size that the model takes.
+        weights: of `frame_weights`; then all blocks run in the fused kernels of `endomamba.ops.frame_blocks`.
         No host synchronisation, so a CUDA graph can hold it.  RuntimeError where gradients are enabled.
         """
         if torch.is_grad_enabled():
@@ -166,6 +199,8 @@ class EndoMamba(nn.Module):
                 "EndoMamba.step_ overwrites its state and has no gradient: call it under torch.inference_mode() or "
                 "torch.no_grad(), or use step, which returns the state"
             )
+        if weights is not None:
+            return self._step_packed(frames, state, normalisation, weights)
         hidden, residual = self._embed_next(frames, state, normalisation), None
         for spatial in self.spatial_blocks:
             hidden, residual = spatial(hidden, residual)
@@ -175,8 +210,36 @@ class EndoMamba(nn.Module):
         features, _ = self.norm_f(hidden, residual)
         return self.head(features)
 
-    def _embed_next(self, frames: Tensor, state: StreamState, normalisation: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Tokens (b, t, n, c) of what `step_` is given; of pictures in one op, which no gradient passes."""
+    def _step_packed(
+        self,
+        frames: Tensor,
+        state: StreamState,
+        normalisation: tuple[Tensor, Tensor] | None,
+        weights: FrameWeights,
+    ) -> Tensor | dict[str, Tensor]:
+        residual = self._embed_next(frames, state, normalisation, weights.patch).to(state.ssm.dtype)
+        backend = self.config.backend
+        frame_blocks(residual.flatten(0, 1), weights.spatial, eps=NORM_EPS, backend=backend)
+        frame_blocks(residual.flatten(1, 2), weights.temporal, state.conv, state.ssm, eps=NORM_EPS, backend=backend)
+        state.frame.add_(residual.shape[1])
+        features, _ = self.norm_f(residual, None)
+        if weights.head is None:
+            return self.head(features.to(self.pos_embed.dtype))
+        pooled = pool_tokens(features, self.head.pool)  # not rounded, and a product of one row is faster in fp32
+        return torch.nn.functional.linear(pooled, *weights.head).to(self.pos_embed.dtype)
+
+    def _embed_next(
+        self,
+        frames: Tensor,
+        state: StreamState,
+        normalisation: tuple[Tensor, Tensor] | None,
+        patch: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens (b, t, n, c) of what `step_` is given; of pictures in one op, which no gradient passes.
+
+        patch: its weight packed, (c, 3, p, p) channels last; then tokens of pictures are not rounded to the model's
+        dtype.
+        """
         if normalisation is None:
             self._check_video(frames)
             self._check_state(frames, state)
@@ -188,13 +251,13 @@ class EndoMamba(nn.Module):
         positions = resize_positions(self.pos_embed, self.config.grid, (video.shape[3] // p, video.shape[4] // p))
         tokens = frame_embed(
             frames,
-            proj.weight.squeeze(2),
+            proj.weight.squeeze(2) if patch is None else patch,
             proj.bias,
             positions[0],
             torch.zeros_like(state.frame) if self.config.hold_position else state.frame,
             cls_token=self.cls_token.flatten() if self.config.with_cls_token else None,
             normalisation=normalisation,
-            out_dtype=self.pos_embed.dtype,
+            out_dtype=self.pos_embed.dtype if patch is None else self._state_dtype(),
             backend=self.config.backend,
         )
         return self.pos_drop(tokens.unsqueeze(1))

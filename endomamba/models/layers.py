@@ -126,8 +126,12 @@ class SpatialBlock(nn.Module):
     def forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """hidden, residual: (b, t, n, c) -> the same; `hidden` is what the next norm adds to the residual."""
         frames = hidden.flatten(0, 1)
+        row_scale = self.drop_path(frames)
+        if row_scale is None:  # then a row is a row, and views are not free in a small frame
+            normed, residual = self.norm(hidden, residual)
+            return self.mixer(normed.flatten(0, 1)).view_as(hidden), residual
         residual = None if residual is None else residual.flatten(0, 1)
-        normed, residual = self.norm(frames, residual, self.drop_path(frames))
+        normed, residual = self.norm(frames, residual, row_scale)
         return self.mixer(normed).view_as(hidden), residual.view_as(hidden)
 
 
@@ -141,10 +145,8 @@ class TemporalBlock(nn.Module):
         self.mixer = mixer
 
     def add_norm(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        clips = hidden.flatten(1, 2)
-        residual = None if residual is None else residual.flatten(1, 2)
-        normed, residual = self.norm(clips, residual, self.drop_path(clips))
-        return normed, residual.view_as(hidden)
+        normed, residual = self.norm(hidden, residual, self.drop_path(hidden))
+        return normed.flatten(1, 2), residual
 
     def forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         normed, residual = self.add_norm(hidden, residual)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import frame_step, mixer_inner
+from ..ops.mixer_inner import native
+from ..ops.mixer_inner.compose import Linear, Side
 from .precision import KeepsFp32
 
 
@@ -55,6 +57,9 @@ class CausalMixer(KeepsFp32):
 
     def step_(self, u: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
         """`step` that overwrites both states; inference only."""
+        side = _held(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
+        if native.runs_modules(u, side, self.backend):
+            return native.whole(u, *_linears(self, (side,)), (conv_state, ssm_state))
         y = frame_step(self.in_proj(u), conv_state, ssm_state, *self.parameters_forward(), backend=self.backend)
         return self.out_proj(y)
 
@@ -95,6 +100,10 @@ class BidirectionalMixer(KeepsFp32):
 
     def forward(self, u: Tensor) -> Tensor:
         """u: (b, l, c) -> (b, l, c)."""
+        side = _held(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
+        if native.runs_modules(u, side, self.backend):
+            side_b = _held(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
+            return native.whole(u, *_linears(self, (side, side_b)), (None, None))
         directions = (*self.parameters_forward(), *self.parameters_backward())
         return mixer_inner(u, *directions, **_projections(self))[0]
 
@@ -103,6 +112,16 @@ def _direction(conv1d: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: 
     wide = torch.float64 if A_log.dtype == torch.float64 else torch.float32
     A = -torch.exp(A_log.to(wide))
     return conv1d.weight.squeeze(1), conv1d.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, A, D
+
+
+def _held(conv1d: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor) -> Side:
+    """The parameters of one direction as they are, for `native.whole`."""
+    return Side(conv1d.weight, conv1d.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, A_log, D)
+
+
+def _linears(mixer: CausalMixer | BidirectionalMixer, sides: tuple[Side, ...]) -> tuple[Any, ...]:
+    in_proj, out_proj = mixer.in_proj, mixer.out_proj
+    return Linear(in_proj.weight, in_proj.bias), sides, Linear(out_proj.weight, out_proj.bias)
 
 
 def _projections(mixer: CausalMixer | BidirectionalMixer) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from ._nvtx import nvtx_ranges, start_if_asked
 from .add_rms_norm import add_layer_norm, add_rms_norm
 from .bidirectional_scan import bidirectional_scan
 from .causal_conv1d import bidirectional_conv1d, causal_conv1d
+from .frame_blocks import BlockWeights, frame_blocks, pack_block
 from .frame_embed import frame_embed
 from .frame_resize import frame_resize
 from .frame_settle import frame_settle
@@ -13,6 +14,7 @@ from .mixer_inner import mixer_inner
 from .selective_scan import selective_scan
 
 __all__ = [
+    "BlockWeights",
     "add_layer_norm",
     "add_rms_norm",
     "backend_info",
@@ -20,12 +22,14 @@ __all__ = [
     "bidirectional_scan",
     "causal_conv1d",
     "explain",
+    "frame_blocks",
     "frame_embed",
     "frame_resize",
     "frame_settle",
     "frame_step",
     "mixer_inner",
     "nvtx_ranges",
+    "pack_block",
     "selective_scan",
 ]
 

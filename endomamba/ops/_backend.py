@@ -96,15 +96,19 @@ def direct(op: Callable) -> Callable:
     A small op on a CPU is not much longer than its way through the dispatcher.  A profile, a FLOP counter,
     torch.compile, torch.export and fake tensors see the op as before.  A torch without these private names: the op.
     """
+    return getattr(op, "_init_fn", op) if undisturbed() else op
+
+
+def undisturbed() -> bool:
+    """Eager inference while nothing looks at the dispatcher; see `direct`."""
     if torch.compiler.is_compiling() or not _DIRECT:  # first: Dynamo cannot trace what follows
-        return op
-    watched = (
-        not torch.is_inference_mode_enabled()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch.autograd._profiler_enabled()
+        return False
+    return (
+        torch.is_inference_mode_enabled()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and not torch.autograd._profiler_enabled()
     )
-    return op if watched else getattr(op, "_init_fn", op)
 
 
 def plain_dtypes(device: torch.device) -> AbstractContextManager:

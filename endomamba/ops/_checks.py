@@ -80,7 +80,7 @@ def check_packed(op: str, cu_seqlens: Tensor | None, max_seqlen: int | None, bat
 def full_precision(*tensors: Tensor | None, dtype: torch.dtype) -> list[Tensor | None]:
     """Parameters and states in fp32 (fp64 beside fp64 activations), differentiably."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return [None if t is None else t.to(wide) for t in tensors]
+    return [t if t is None or t.dtype == wide else t.to(wide) for t in tensors]
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -37,12 +37,27 @@ def frame_step_without(index):
     return forgetful
 
 
+def whole_without(index):
+    """The same for what stands for frame_step in eager inference on a CPU: states are its last argument."""
+    original = mixer.native.whole
+
+    def forgetful(*args):
+        state = args[-1][index]
+        if state is not None:
+            state.zero_()
+        return original(*args)
+
+    return forgetful
+
+
 def plant_conv_state_dropped_in_place(monkeypatch):
     monkeypatch.setattr(mixer, "frame_step", frame_step_without(1))
+    monkeypatch.setattr(mixer.native, "whole", whole_without(0))
 
 
 def plant_ssm_state_dropped_in_place(monkeypatch):
     monkeypatch.setattr(mixer, "frame_step", frame_step_without(2))
+    monkeypatch.setattr(mixer.native, "whole", whole_without(1))
 
 
 PLANTS = [

@@ -326,3 +326,27 @@ def test_nothing_on_the_model_changes():
         model.step_(video, state)
     assert everything() == before
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_changed_weight_is_seen_by_the_next_frame(backend):
+    """However it was changed: nothing of a parameter is kept from frame to frame."""
+    model = long_memory(backend=backend)
+    video = make_video(model, b=1, t=1)
+
+    def frame():
+        with torch.inference_mode():
+            return model.step_(video, model.init_state(1))
+
+    for name, p in model.named_parameters():
+        if ".mixer." not in name:
+            continue
+        before = frame()
+        if p.ndim == 1:
+            p.data.mul_(1.5).add_(0.1)  # the version counter of p stays as it was
+        elif "x_proj" in name:
+            p.data = p.data * 1.5  # another address
+        else:
+            with torch.no_grad():
+                p.mul_(1.5)
+        assert not torch.equal(frame(), before), name

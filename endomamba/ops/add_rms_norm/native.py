@@ -18,6 +18,13 @@ def _rows(tensor: Tensor | None, shape: tuple[int, int, int]) -> Tensor | None:
     return tensor if tensor is None or tensor.ndim == 3 else tensor.reshape(shape)
 
 
+def _rows_view(tensor: Tensor | None, shape: tuple[int, int, int]) -> tuple[int, ...] | None:
+    """`view` of _rows(tensor), without making a tensor of it where it is contiguous."""
+    if tensor is None or not tensor.is_contiguous():
+        return view(tensor)
+    return tensor.data_ptr(), shape[1] * shape[2], shape[2], 1
+
+
 def _arguments(shape: tuple[int, int, int], dtype: torch.dtype, layer_norm: bool, weight: Tensor, stats: Tensor):
     args = _C.NormArgs()
     args.b, args.m, args.c = shape
@@ -39,12 +46,12 @@ def add_norm_fwd(x, weight, bias, residual, row_scale, eps, layer_norm):
     shape = _shape(x)
     normed, new_residual = x.new_empty(x.shape), weight.new_empty(x.shape)
     stats = weight.new_empty(1 + layer_norm, shape[0] * shape[1])
-    rows, residual_rows = _rows(x, shape), _rows(residual, shape)
-    args = _arguments(shape, x.dtype, layer_norm, weight, stats)
-    args.eps = eps
-    args.x, args.residual, args.bias, args.row_scale = view(rows), view(residual_rows), view(bias), view(row_scale)
-    args.normed, args.new_residual = view(_rows(normed, shape)), view(_rows(new_residual, shape))
-    _C.norm_fwd(args)
+    rows, residual_rows = ((t if t is None or t.is_contiguous() else _rows(t, shape)) for t in (x, residual))
+    _C.norm_fwd(
+        shape, DTYPES[x.dtype], torch.get_num_threads(), layer_norm, eps,
+        _rows_view(rows, shape), _rows_view(residual_rows, shape), view(weight), view(bias), view(row_scale),
+        (normed.data_ptr(), new_residual.data_ptr(), stats.data_ptr()),
+    )  # fmt: skip
     return normed, new_residual, stats
 
 

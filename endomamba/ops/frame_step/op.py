@@ -8,17 +8,25 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import _triton
 from .._backend import Backend, choose, plain_dtypes, register
-from .._native import unsupported
-from ..mixer_inner import compose
+from ..mixer_inner import compose, native
 from ..mixer_inner.compose import Side, Walk
 from ..mixer_inner.op import mixer_flops
+
+
+def composed(backend: str, xz: Tensor, side: Side, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
+    walk = Walk(None, False, 0, 0, "invariant")
+    y, new_conv, new_ssm, *_ = compose.fwd(backend, xz, side, None, conv_state, ssm_state, walk, 1.0, True, False)
+    conv_state.copy_(new_conv)
+    ssm_state.copy_(new_ssm)
+    return y
+
 
 BACKENDS = register(
     "frame_step",
     {
-        "triton": Backend(partial(compose.fwd, "triton"), None, _triton.unsupported),
-        "cpu": Backend(partial(compose.fwd, "cpu"), None, unsupported),
-        "reference": Backend(partial(compose.fwd, "reference"), None, lambda *_: []),
+        "triton": Backend(partial(composed, "triton"), None, _triton.unsupported),
+        "cpu": Backend(native.step, None, native.unsupported),
+        "reference": Backend(partial(composed, "reference"), None, lambda *_: []),
     },
 )
 
@@ -38,14 +46,8 @@ def frame_step_op(
     backend: str,
 ) -> Tensor:
     side = Side(conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_bias, A, D)
-    walk = Walk(None, False, 0, 0, "invariant")
     with plain_dtypes(xz.device):
-        y, new_conv, new_ssm, *_ = choose("frame_step", backend, xz).fwd(
-            xz, side, None, conv_state, ssm_state, walk, 1.0, True, False
-        )
-    conv_state.copy_(new_conv)
-    ssm_state.copy_(new_ssm)
-    return y
+        return choose("frame_step", backend, xz).fwd(xz, side, conv_state, ssm_state)
 
 
 @frame_step_op.register_fake

@@ -97,7 +97,7 @@ def fwd(
 
     xz is the input of in_proj where that is given.
     """
-    x, z = _linear(xz, in_proj).chunk(2, dim=-1)
+    x, z = linear(xz, in_proj).chunk(2, dim=-1)
     if side_b is None:
         u, conv_state = _conv(backend, x, side, initial_conv_state, walk, return_final_state)
         dt, B, C, _ = project(u, side)
@@ -105,7 +105,7 @@ def fwd(
             u, dt, side.A, B, C, side.D, z, side.dt_bias, initial_ssm_state, walk.cu_seqlens, None,
             True, walk.reverse, walk.frames, walk.max_seqlen, return_final_state, save_states, False, walk.plan,
         )  # fmt: skip
-        return _linear(y, out_proj), conv_state, ssm_state, chunks, empty(xz, dtype=chunks.dtype)
+        return linear(y, out_proj), conv_state, ssm_state, chunks, empty(xz, dtype=chunks.dtype)
     u, u_b = _conv_both(backend, x, side, side_b, walk)
     dt, B, C, _ = project(u, side)
     dt_b, B_b, C_b, _ = project(u_b, side_b)
@@ -115,7 +115,7 @@ def fwd(
         scale, True, walk.frames, walk.max_seqlen, False, save_states, False, walk.plan,
     )  # fmt: skip
     absent = (empty(xz, dtype=chunks.dtype) for _ in range(2))
-    return _linear(y, out_proj), *absent, chunks, chunks_b
+    return linear(y, out_proj), *absent, chunks, chunks_b
 
 
 def bwd(
@@ -138,7 +138,7 @@ def bwd(
     """-> dxz, the gradients of both sides, dinitial_conv_state, dinitial_ssm_state, those of out_proj, in_proj; empty
     for absent inputs.
     """
-    hidden, xz = xz, _linear(xz, in_proj)
+    hidden, xz = xz, linear(xz, in_proj)
     dxz = empty(xz, *xz.shape, dtype=xz.dtype)
     x, z = xz.chunk(2, dim=-1)
     dx, dz = dxz.chunk(2, dim=-1)
@@ -185,7 +185,7 @@ def bwd(
     return _linear_dx(dxz, in_proj), dside, dside_b, dconv, dssm, dout_proj, din_proj
 
 
-def _linear(x: Tensor, by: Linear) -> Tensor:
+def linear(x: Tensor, by: Linear) -> Tensor:
     """In the dtype of x."""
     if by.weight is None:
         return x

@@ -11,11 +11,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import _triton
 from .._backend import Backend, choose, plain_dtypes, register
-from .._native import unsupported
 from .._scan import chunk_states_shape, empty, state_dtype
 from ..causal_conv1d import op as _conv  # noqa: F401  the composition calls its kernels
 from ..selective_scan.op import direction_backward_flops, direction_flops
-from . import compose
+from . import compose, native
 from .compose import Linear, Side, Walk
 
 TENSORS = 21  # from xz to in_proj_bias; cu_seqlens follows
@@ -23,7 +22,7 @@ BACKENDS = register(
     "mixer_inner",
     {
         "triton": Backend(partial(compose.fwd, "triton"), partial(compose.bwd, "triton"), _triton.unsupported),
-        "cpu": Backend(partial(compose.fwd, "cpu"), partial(compose.bwd, "cpu"), unsupported),
+        "cpu": Backend(native.fwd, partial(compose.bwd, "cpu"), native.unsupported),
         "reference": Backend(partial(compose.fwd, "reference"), partial(compose.bwd, "reference"), lambda *_: []),
     },
 )

@@ -1,0 +1,3 @@
+from .api import BlockWeights, frame_blocks, pack_block
+
+__all__ = ["BlockWeights", "frame_blocks", "pack_block"]
