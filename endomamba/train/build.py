@@ -9,7 +9,7 @@ more is kept as it is.
     OUT/manifest.jsonl         the same for this package
     OUT/build.jsonl            what was made of which source: where a build goes on that was stopped
 
-Files get their names when they are whole.
+Files get their names when they are whole.  OUT is a folder of its own: what is there is this module's to replace.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import json
 import logging
 import math
 import os
-import shutil
+import re
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -86,36 +87,45 @@ def build(
 ) -> list[Built]:
     """Cuts every video and folder of pictures below `folder` into clips below `out` -> what was made of each.
 
-    The same call goes on where one was stopped; a source that changed, or could not be read, is done again.
+    The same call goes on where one was stopped; a source that changed, or could not be read, is done again.  Nothing
+    but clips of earlier builds is ever deleted.
     progress: called after each source with the number of all.  A source that cannot be read is named in the log,
-    counted and left out.  DataError where there is nothing to cut, or `out` was built with another config.
+    counted and left out.  DataError where there is nothing to cut, or `out` was built with another config, holds other
+    files, or `folder` itself.
     """
     root, out = Path(folder), Path(out)
     sources = find_sources(root, out)
+    _check_out(root, out)
     if not sources:
         raise DataError(f"{root}: holds no videos and no folders of pictures")
     out.mkdir(parents=True, exist_ok=True)
     done = _read_journal(out, config)
-    results = []
+    _write_journal(out, config, done)
+    results, stop = [], threading.Event()
 
     def one(source: Path) -> tuple[Built, str]:
         name, stamp = source.relative_to(root).as_posix(), _stamp(source)
         known = done.get(name)
-        return (known[0], stamp) if known and known[1] == stamp else (_cut_source(source, name, out, config), stamp)
+        if known and known[1] == stamp:
+            return known
+        return _cut_source(source, name, out, config, stop), stamp
 
     pool = ThreadPoolExecutor(workers)
     try:
         for built, stamp in pool.map(one, sources):
             if built.error or built.damage:
                 log.warning("%s: %s", built.source, built.error or f"damaged: {built.damage}")
-            done.pop(built.source, None)
+            before = done.pop(built.source, None)
             if not built.error:
                 done[built.source] = (built, stamp)
-            _write_journal(out, config, done)
+            if before != (built, stamp):
+                _add_to_journal(out, built, stamp)
             results.append(built)
             progress(built, len(sources))
     finally:
+        stop.set()
         pool.shutdown(cancel_futures=True)
+    _write_journal(out, config, done)
     _write_lists(out, results)
     return results
 
@@ -127,19 +137,28 @@ def find_sources(root: Path, out: Path) -> list[Path]:
     found = []
     for base, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if (Path(base) / name).resolve() != out.resolve())
-        kinds = {Path(name).suffix.lower() for name in files if not name.startswith(".")}
-        found += [Path(base) / name for name in sorted(files) if Path(name).suffix.lower() in VIDEOS]
-        if kinds & set(PICTURES):
+        shown = [Path(base) / name for name in files if not name.startswith(".")]
+        found += [path for path in shown if path.suffix.lower() in VIDEOS]
+        if any(path.suffix.lower() in PICTURES for path in shown):
             found.append(Path(base))
-    return sorted(source for source in found if source != root or source.is_file())
+    return sorted(found)
+
+
+def _check_out(root: Path, out: Path) -> None:
+    """DataError where clips would go between files that are not of a build."""
+    if root.resolve().is_relative_to(out.resolve()):
+        raise DataError(f"{out}: holds {root}, which is to be cut; choose another --out, a folder for the clips alone")
+    if out.exists() and not (out / "build.jsonl").exists() and any(out.iterdir()):
+        raise DataError(f"{out}: holds files that `data build` did not write; choose another --out, new or empty")
 
 
 # ---- a source
 
 
-def _cut_source(source: Path, name: str, out: Path, config: BuildConfig) -> Built:
+def _cut_source(source: Path, name: str, out: Path, config: BuildConfig, stop: threading.Event) -> Built:
+    """stop: set, it ends as soon as it can; what it returns then is not of the whole source."""
     place = out / name
-    shutil.rmtree(place, ignore_errors=True)  # what a build that was stopped left of it
+    _remove_clips(place)  # of what the source was before, or of a build that was stopped
     counts: list[int] = []
     clip: list[Tensor] = []
     left_out = 0
@@ -147,6 +166,8 @@ def _cut_source(source: Path, name: str, out: Path, config: BuildConfig) -> Buil
         with FolderReader(source) if source.is_dir() else open_video(source, threads=1) as reader:
             reader.show(_size(reader.info, config.side))
             for frame in itertools.chain(_at_rate(reader, config), [None]):
+                if stop.is_set():
+                    break
                 good = frame is not None and float(frame.float().mean(-1).std()) >= config.least_std
                 if good:
                     clip.append(frame)
@@ -161,7 +182,7 @@ def _cut_source(source: Path, name: str, out: Path, config: BuildConfig) -> Buil
                     clip = []
             return Built(name, tuple(counts), left_out, str(reader.damage))
     except VideoError as error:
-        shutil.rmtree(place, ignore_errors=True)
+        _remove_clips(place)
         return Built(name, error=str(error))
 
 
@@ -194,6 +215,13 @@ def _size(info: VideoInfo, side: int) -> tuple[int, int]:
     return height, width
 
 
+def _remove_clips(place: Path) -> None:
+    """Of this source alone: the folder may hold those of sources below it."""
+    for path in place.glob("*.mp4"):
+        if path.is_file() and re.fullmatch(r"\d{5,}(\.part)?", path.stem):
+            path.unlink()
+
+
 def _write_clip(path: Path, clip: list[Tensor], config: BuildConfig) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.stem}.part.mp4")
@@ -219,11 +247,13 @@ def _read_journal(out: Path, config: BuildConfig) -> dict[str, tuple[Built, str]
     if not path.exists():
         return {}
     try:
-        header, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        whole = path.read_text(encoding="utf-8").rpartition("\n")[0]  # without a line that was being written
+        header, *rows = [json.loads(line) for line in whole.splitlines()]
         before = BuildConfig(**header["config"])
         stamps = [row.pop("stamp") for row in rows]
         made = [Built(**{**row, "clips": tuple(row["clips"])}) for row in rows]
-        done = {built.source: (built, stamp) for built, stamp in zip(made, stamps)}
+        last = {built.source: (built, stamp) for built, stamp in zip(made, stamps)}
+        done = {name: pair for name, pair in last.items() if not pair[0].error}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path}: cannot be read ({error}); choose another --out") from None
     if before != config:
@@ -232,13 +262,23 @@ def _read_journal(out: Path, config: BuildConfig) -> dict[str, tuple[Built, str]
 
 
 def _write_journal(out: Path, config: BuildConfig, done: dict[str, tuple[Built, str]]) -> None:
-    rows = [{"config": asdict(config)}, *({**built._asdict(), "stamp": stamp} for built, stamp in done.values())]
-    _write_lines(out / "build.jsonl", [json.dumps(row) for row in rows])
+    rows = [_row(built, stamp) for built, stamp in done.values()]
+    _write_lines(out / "build.jsonl", [json.dumps({"config": asdict(config)}), *rows])
+
+
+def _add_to_journal(out: Path, built: Built, stamp: str) -> None:
+    """A line at the end, as there may be tens of thousands; the last one of a source holds."""
+    with (out / "build.jsonl").open("a", encoding="utf-8") as file:
+        file.write(_row(built, stamp) + "\n")
+
+
+def _row(built: Built, stamp: str) -> str:
+    return json.dumps({**built._asdict(), "stamp": stamp})
 
 
 def _write_lists(out: Path, results: list[Built]) -> None:
     """Of the sources that are there now."""
-    clips = [(f"{built.source}/{i:05d}.mp4", frames) for built in results for i, frames in enumerate(built.clips)]
+    clips = [(Path(built.source, f"{i:05d}.mp4").as_posix(), frames) for built in results for i, frames in enumerate(built.clips)]
     if clips:
         _write_lines(out / "train_list.txt", [f"{path} 0" for path, _ in clips])
         manifest.write(out / "manifest.jsonl", [], [Entry(path, 0, frames) for path, frames in clips])

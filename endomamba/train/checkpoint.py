@@ -50,9 +50,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         if not isinstance(hidden, OSError):
             raise hidden from None
         last = latest_path(path.parent)
-        kept = f"the last complete checkpoint is {last.name}" if last else "there is no checkpoint before it"
+        kept = f"the last complete checkpoint is {last.name}, " if last else ""
         raise SaveError(
-            f"{path}: cannot be written ({hidden.strerror}); {kept}, make room and start the command again"
+            f"{path}: cannot be written ({hidden.strerror}); {kept}make room and start the command again"
         ) from None
 
 

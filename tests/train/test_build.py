@@ -177,6 +177,52 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
         build.build(tmp_path / "in", tmp_path / "out", BuildConfig(0.4, 20, 64))
 
 
+def folder_of_pictures(path, count=8, first=0):
+    from PIL import Image
+
+    path.mkdir(parents=True)
+    for i in range(first, first + count):
+        Image.fromarray(picture(i)).save(path / f"{i}.png")
+
+
+@pytest.mark.parametrize("source, out", [("in", "in"), ("top/in", "top"), ("in", "other")])
+def test_nothing_is_deleted_that_is_no_clip(tmp_path, source, out):
+    """out is the folder itself, or above it, or holds something else."""
+    folder_of_pictures(tmp_path / source / "x")
+    (tmp_path / out / "x").mkdir(parents=True, exist_ok=True)
+    (tmp_path / out / "x" / "notes.txt").write_text("not to be lost")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError, match="choose another --out"):
+        build.build(tmp_path / source, tmp_path / out, SMALL)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_source_inside_of_a_source(tmp_path):
+    """Each is done again without the clips of the other; the folder itself can be one."""
+    for i, name in enumerate((".", "x", "x/y")):
+        folder_of_pictures(tmp_path / "in" / name, first=20 * i)
+    (tmp_path / "in" / "x" / "._z.mp4").write_bytes(b"what some systems leave beside a file")
+    build.build(tmp_path / "in", tmp_path / "out", SMALL)
+    (tmp_path / "in" / "x" / "40.png").write_bytes((tmp_path / "in" / "x" / "20.png").read_bytes())
+    built = build.build(tmp_path / "in", tmp_path / "out", SMALL)
+    assert [(one.source, one.clips) for one in built] == [(".", (6,)), ("x", (6,)), ("x/y", (6,))]
+    listed = manifest.read(tmp_path / "out" / "manifest.jsonl")
+    assert [numbers(listed.file(entry.path))[0] for entry in listed.entries] == [0, 20, 40]
+
+
+def test_a_line_that_was_being_written_is_no_harm(tmp_path, monkeypatch):
+    for i in range(2):
+        video(tmp_path / "in" / f"{i}.mp4", [picture(40 * i + k) for k in range(8)])
+    made = build.build(tmp_path / "in", tmp_path / "out", SMALL)
+    journal = tmp_path / "out" / "build.jsonl"
+    text = journal.read_text()
+    journal.write_text(text[:-20])
+    cut = []
+    monkeypatch.setattr(build, "_write_clip", lambda path, clip, config: cut.append(path.parent.name))
+    assert build.build(tmp_path / "in", tmp_path / "out", SMALL) == made and cut == ["1.mp4"]
+    assert journal.read_text() == text
+
+
 def test_workers_make_the_same(tmp_path):
     for i in range(3):
         video(tmp_path / "in" / f"{i}.mp4", [picture(40 * i + k) for k in range(17)])
