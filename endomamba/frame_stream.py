@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .models import EndoMamba, StreamState
+from .models import EndoMamba, Packed, StreamState
 from .models.endomamba import FrameWeights
 from .models.state import Rows
 from .ops._backend import reasons
@@ -38,6 +38,7 @@ Row = tuple[int | slice, Tensor]  # the stream, or all of them, and its frame
 
 class FrameStream:
     """Runs `batch_size` streams through `model`, one frame of each a call.  Inference only; the state changes in place.
+    A model that answers with a dict, masks or landmarks, comes as `endomamba.models.packed(model)`.
 
     One object belongs to one thread.  The model is shared and never written to, so that two streams on it do not meet.
 
@@ -84,7 +85,8 @@ class FrameStream:
         self._pool: tuple[int, int] | None = None  # memory that the graphs share
         self._scale, self._shift = (t.to(self.device) for t in normalisation(mean, std))
         # On a GPU the model's first kernel reads pictures; on a CPU normalising them apart costs as much.
-        self._gives_pictures = self.device.type == "cuda" and isinstance(model, EndoMamba)
+        self._reads = model.model if isinstance(model, Packed) else model
+        self._gives_pictures = self.device.type == "cuda" and isinstance(self._reads, EndoMamba)
         self._weights = self._may_pack(packed)
         self._answer: Tensor | None = None  # (b, k)
         self._active = _Mailbox([True] * batch_size, torch.bool, self.device)
@@ -103,12 +105,12 @@ class FrameStream:
     def _may_pack(self, packed: bool | None) -> FrameWeights | None:
         if packed is False or (packed is None and self.device.type != "cuda"):
             return None
-        if not isinstance(self.model, EndoMamba) or not isinstance(self._state, StreamState):
+        if not isinstance(self._reads, EndoMamba) or not isinstance(self._state, StreamState):
             weights, why = None, ["the model is no EndoMamba"]
         elif packed is None and self.batch_size * math.prod(self.model.config.grid) > PACKED_ROWS:
             return None
         else:
-            weights = self.model.frame_weights()
+            weights = self._reads.frame_weights()
             why = [] if self.device.type == "cpu" else self._speaks_against(weights)
         if packed and why:
             raise ValueError(f"FrameStream: packed=True needs the kernels of frame_blocks: {'; '.join(why)}")
@@ -187,7 +189,13 @@ class FrameStream:
             options["normalisation"] = (self._scale, self._shift)
         if self._weights is not None:
             options["weights"] = self._weights
-        logits = self.model.step_(x, state, **options)[:, 0]
+        answer = self.model.step_(x, state, **options)
+        if isinstance(answer, dict):
+            raise ValueError(
+                f"FrameStream: the model must answer with one tensor, it gives a dict of {', '.join(answer)}: "
+                "stream endomamba.models.packed(model), whose `unpack` takes an answer apart"
+            )
+        logits = answer[:, 0]
         if self._answer is None:
             with torch.inference_mode(False):
                 self._answer = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
@@ -371,6 +379,7 @@ class FrameStream:
         """Another stream on the same model, from here on on its own."""
         sizes = [(height, width) for height, width, is_uint8 in self._inputs if is_uint8]
         options = dict(mean=self.mean, std=self.std, positions=self.positions, graph=self.graph)
+        options["packed"] = self._weights is not None
         other = FrameStream(self.model, self.batch_size, sizes=sizes, **options)
         other.restore(self._state)
         return other

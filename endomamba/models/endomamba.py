@@ -173,7 +173,7 @@ class EndoMamba(nn.Module):
     def frame_weights(self) -> FrameWeights:
         """What `step_` reads, packed once: a copy, that does not see what the weights become later."""
         head, wide = self.head, self._state_dtype()
-        pooled = isinstance(head, PhaseHead)
+        pooled = type(head) in (PhaseHead, ClassificationHead)  # one made out of them may do more
         return FrameWeights(
             self.patch_embed.proj.weight.detach().squeeze(2).to(memory_format=torch.channels_last, copy=True),
             *(tuple(_pack(block) for block in blocks) for blocks in (self.spatial_blocks, self.temporal_blocks)),

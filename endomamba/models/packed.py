@@ -52,8 +52,9 @@ class Packed(nn.Module):
         answer, state = self.model.step(frames, state)
         return self._pack(answer), state
 
-    def step_(self, frames: Tensor, state: Any) -> Tensor:
-        return self._pack(self.model.step_(frames, state))
+    def step_(self, frames: Tensor, state: Any, **options: Any) -> Tensor:
+        """options: of the model's own `step_`."""
+        return self._pack(self.model.step_(frames, state, **options))
 
     def _pack(self, answer: dict[str, Tensor]) -> Tensor:
         got = {name: tuple(value.shape[2:]) for name, value in answer.items()}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from endomamba.models import CheckpointError, FrameWise, create_model, load_checkpoint, packed
+from endomamba.frame_stream import FrameStream
+from endomamba.models import CheckpointError, FrameWise, PhaseHead, create_model, load_checkpoint, packed
 
 SMALL = {"img_size": 32, "embed_dim": 16, "depth": 4, "d_state": 4, "head_width": 32, "dt_init": "mamba"}
 MASKS = {**SMALL, "num_classes": 2, "head": "segmentation"}
@@ -89,6 +90,36 @@ def test_streams_answer_as_clips_do(options, name):
             packs.append(wrapped.unpack(wrapped.step_(frames, held))[part])
     torch.testing.assert_close(torch.cat(answers, 1), whole, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.cat(packs, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+class DoubledHead(PhaseHead):
+    """More than pooling and one Linear, though made out of it."""
+
+    def forward(self, features):
+        return 2 * super().forward(features)
+
+
+@pytest.mark.parametrize("head", ["mean", "cls", "classification", "none", "segmentation", "localisation", "doubled"])
+def test_frame_streams_with_weights_packed_once(head):
+    """Each head, its answers and its state, by both ways through the model."""
+    options = {"segmentation": MASKS, "localisation": POINTS, "none": SMALL, "doubled": {**SMALL, "num_classes": 3}}
+    model = seeded(options.get(head, {**SMALL, "num_classes": 3, "head": head}))
+    if head == "doubled":
+        model.head = DoubledHead(16, 3).eval()
+    wrapped, video = packed(model), torch.randn(1, 3, 4, 32, 32)
+    assert (model.frame_weights().head is not None) == (head in ("mean", "cls", "classification"))
+    plain, fused = FrameStream(wrapped, packed=False), FrameStream(wrapped, packed=True)
+    assert plain._weights is None and fused._weights is not None
+    whole = model(video)
+    want = whole if isinstance(whole, torch.Tensor) else next(iter(whole.values())).flatten(2)
+    for i in range(4):
+        frame = video[0, :, i]
+        for stream in (plain, fused, fused.clone()) if i == 3 else (plain, fused):
+            torch.testing.assert_close(stream(frame)[0], want[0, i], rtol=1e-4, atol=1e-4)
+    assert fused.clone()._weights is not None and plain.clone()._weights is None
+    if isinstance(whole, dict):
+        with pytest.raises(ValueError, match=r"must answer with one tensor, it gives a dict of .*packed\(model\)"):
+            FrameStream(model)(frame)
 
 
 OTHERS = {
