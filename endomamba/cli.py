@@ -985,7 +985,8 @@ def _eval(args: argparse.Namespace) -> int:
     with start_world(args.device) as world:
         values = finetune.judge(config, listed, args.weights, args.split, world)
         if world.rank == 0:
-            print(json.dumps(values, indent=2))
+            numbers = {name: None if value != value else value for name, value in values.items()}  # JSON has no NaN
+            print(json.dumps(numbers, indent=2))
     return OK
 
 

@@ -118,8 +118,11 @@ class SegmentationHead(nn.Module):
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         """(b, t, n, c) -> mask (b, t, 16 rows, 16 columns)."""
-        b, t = features.shape[:2]
-        patches = features[:, :, -self.grid[0] * self.grid[1] :].flatten(0, 1)
+        b, t, n = features.shape[:3]
+        count = self.grid[0] * self.grid[1]
+        if n not in (count, count + 1):
+            raise ValueError(f"SegmentationHead: needs {count} patches a frame, {self.grid}, and at most cls, got {n}")
+        patches = features[:, :, -count:].flatten(0, 1)
         logits = self.segmentation_head(self.decoder(torch.unflatten(patches.mT, 2, self.grid)))
         return {"mask": torch.unflatten(logits[:, 1] - logits[:, 0], 0, (b, t))}
 

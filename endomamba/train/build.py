@@ -278,7 +278,11 @@ def _row(built: Built, stamp: str) -> str:
 
 def _write_lists(out: Path, results: list[Built]) -> None:
     """Of the sources that are there now."""
-    clips = [(Path(built.source, f"{i:05d}.mp4").as_posix(), frames) for built in results for i, frames in enumerate(built.clips)]
+    clips = [
+        (Path(built.source, f"{i:05d}.mp4").as_posix(), frames)
+        for built in results
+        for i, frames in enumerate(built.clips)
+    ]
     if clips:
         _write_lines(out / "train_list.txt", [f"{path} 0" for path, _ in clips])
         manifest.write(out / "manifest.jsonl", [], [Entry(path, 0, frames) for path, frames in clips])

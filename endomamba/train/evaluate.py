@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import ClipDataset, Normalise, left_out, load, to_device
+from .data import IGNORE, ClipDataset, Normalise, left_out, load, to_device
 from .errors import DataError
 from .manifest import Manifest
 from .plan import Sample
@@ -26,6 +26,7 @@ from .world import World
 
 TEMPERATURE = 0.07
 Pair = tuple[Tensor, Tensor]  # what was predicted for a video's frames, or its clip, and what is true; on the CPU
+Read = tuple[Tensor, Tensor, int]  # the same, and how many frames, or clips, were not decoded
 
 
 @torch.no_grad()
@@ -38,7 +39,7 @@ def evaluate(config: Any, model: Any, manifest: Manifest, split: str, world: Wor
         bank = _kept(config, _videos(config, model, manifest, "train", world, features), world)[0]
         if not bank:
             raise DataError(f"{manifest.path}: no clip of split 'train' could be decoded")
-        decide = Neighbours(bank, config, len(names))
+        decide = Neighbours(bank, config, len(names), world.device)
 
         def predict(answer: Answer) -> Tensor:
             return decide(features(answer))
@@ -51,12 +52,12 @@ def evaluate(config: Any, model: Any, manifest: Manifest, split: str, world: Wor
     return task.judge(videos, names, config) | {"unreadable": float(lost)}
 
 
-def _kept(config: Any, videos: Iterator[Pair], world: World) -> tuple[list[Pair], int]:
-    """What counts of the videos of all processes, and how many frames or clips do not."""
+def _kept(config: Any, videos: Iterator[Read], world: World) -> tuple[list[Pair], int]:
+    """What counts of the videos of all processes, and how many frames or clips were not decoded."""
     truth, lost, mine = TASKS[config.task].truth, 0, []
-    for predicted, true in videos:
+    for predicted, true, of_video in videos:
         rows = known(truth, true)
-        lost += int((~rows).sum())
+        lost += of_video
         if rows.any():
             mine.append((predicted[rows], true[rows]))
     everyone = world.gather((mine, lost))
@@ -65,7 +66,7 @@ def _kept(config: Any, videos: Iterator[Pair], world: World) -> tuple[list[Pair]
 
 def _videos(
     config: Any, model: Any, manifest: Manifest, split: str, world: World, predict: Callable[[Answer], Tensor]
-) -> Iterator[Pair]:
+) -> Iterator[Read]:
     """Of this process's share of a split."""
     dataset = open_split(config, manifest, split, model.config.size[0])
     dataset.train = False
@@ -84,8 +85,8 @@ def open_split(config: Any, manifest: Manifest, split: str, size: int) -> ClipDa
 
 def read_clips(
     config: Any, model: Any, dataset: ClipDataset, mine: range, world: World, predict: Callable[[Answer], Tensor]
-) -> Iterator[Pair]:
-    """Each clip's prediction (1, ...) and class (1,), from its first frames."""
+) -> Iterator[Read]:
+    """Each clip's prediction (1, ...) and class (1,), from its first frames; a class that is unknown was not decoded."""
     samples = [Sample(i, 0, i, start=0) for i in mine]
     size = max(1, config.batch_size // (world.size * config.accumulate))
     normalise = Normalise(config.clip.normalise, world.device)
@@ -94,23 +95,26 @@ def read_clips(
         moved = to_device(batch, world.device)
         with config.autocast(world.device):
             answer = model(normalise(moved["video"]))
-        yield from zip(predict(answer).cpu().split(1), batch["label"][:, :1])
+        for predicted, true in zip(predict(answer).cpu().split(1), batch["label"][:, :1]):
+            yield predicted, true, int(true == IGNORE)  # check_data: in the manifest all have one
 
 
 def read_videos(
     config: Any, model: Any, dataset: ClipDataset, mine: range, world: World, predict: Callable[[Answer], Tensor]
-) -> Iterator[Pair]:
+) -> Iterator[Read]:
     """Each video's predictions (t, ...) and truth (t, ...)."""
     normalise, truth = Normalise(config.clip.normalise, world.device), TASKS[config.task].truth
     streams = hasattr(model, "step")
     windows = [(i, at) for i in mine for at in range(0, len(dataset.entries[i]), _span(config, dataset, i))]
     samples = [[Sample(i, 0, i, at, at == 0, tail=True)] for i, at in windows]
     parts: list[Pair] = []
+    lost = 0
     for number, batch in enumerate(load(dataset, samples, config.workers, False)):
         left_out(batch)
         i, start = windows[number]
         frames = normalise(batch["video"].to(world.device))
         inside = min(frames.shape[2], -(-(len(dataset.entries[i]) - start) // config.clip.stride))
+        lost += inside if batch["faults"] else 0
         first = start // config.clip.stride
         for at, until in _cuts(first, inside, config.reset) if streams else [(0, inside)]:
             if streams and (first + at == 0 or (config.reset and (first + at) % config.reset == 0)):
@@ -122,8 +126,9 @@ def read_videos(
                     answer = model(frames)
             parts.append((predict(answer)[0, : until - at].cpu(), batch[truth][0, at:until]))
         if number + 1 == len(windows) or windows[number + 1][0] != i:
-            yield tuple(torch.cat(column) for column in zip(*parts))  # type: ignore[misc]
-            parts = []
+            predicted, true = (torch.cat(column) for column in zip(*parts))
+            yield predicted, true, lost
+            parts, lost = [], 0
 
 
 def _span(config: Any, dataset: ClipDataset, i: int) -> int:
@@ -156,15 +161,14 @@ class Neighbours:
     bank: vectors (n, c) and labels of each video or clip.
     """
 
-    def __init__(self, bank: list[Pair], config: Any, classes: int):
-        vectors, labels = (torch.cat(column) for column in zip(*bank))
+    def __init__(self, bank: list[Pair], config: Any, classes: int, device: torch.device | str = "cpu"):
+        vectors, labels = (torch.cat(column).to(device) for column in zip(*bank))
         self.bank, self.sets = vectors, config.task == "sets"
         self.rows = labels.float() if self.sets else F.one_hot(labels, classes).float()
         self.near = min(config.neighbours, len(vectors))
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        bank, rows = self.bank.to(vectors.device), self.rows.to(vectors.device)
-        cosine, place = (vectors @ bank.T).topk(self.near, dim=-1)
+        cosine, place = (vectors @ self.bank.T).topk(self.near, dim=-1)
         weight = (cosine / TEMPERATURE).softmax(-1)
-        share = (weight.unsqueeze(-1) * rows[place]).sum(-2)
+        share = (weight.unsqueeze(-1) * self.rows[place]).sum(-2)
         return share if self.sets else share.argmax(-1)

@@ -68,6 +68,11 @@ class FinetuneConfig(TrainConfig):
                 raise ValueError(f"FinetuneConfig: {name} must be True or False, got {getattr(self, name)!r}")
         if "num_classes" in self.model_options:
             raise ValueError("FinetuneConfig: num_classes is that of the manifest, not one of model_options")
+        head = self.model_options.get("head", "mean")
+        if "head" in self.model_options and (TASKS[self.task].targets or head in ("segmentation", "localisation")):
+            raise ValueError(
+                f"FinetuneConfig: task={self.task!r} has a head of its own, not model_options.head={head!r}"
+            )
         _number(self, "label_smoothing", float, 0, 1)
         _number(self, "position_weight", float, 0)
         if self.task == "classification" and (self.memory == "carried" or self.reset):
@@ -185,6 +190,11 @@ def build(config: FinetuneConfig, manifest: Manifest, weights: str | os.PathLike
     else:
         width = {"width": options.pop("head_width")} if "head_width" in options else {}
         model = FrameWise(create(config.model, options), kind, classes, **width)
+    if config.reset not in (0, config.clip.frames) and not hasattr(model, "step"):
+        raise ValueError(
+            f"reset={config.reset} is for models that stream, {config.model} reads windows of "
+            f"clip.frames={config.clip.frames}: set reset=0"
+        )
     if config.memory == "carried" and not isinstance(_state(model), StreamState):
         raise ValueError(f"memory='carried' needs a state of fixed size (endomamba_*), {config.model} has none")
     if weights:
@@ -210,14 +220,12 @@ def _classes(config: FinetuneConfig, manifest: Manifest) -> int:
         return 2
     if config.task != "localisation":
         return len(manifest.classes)
-    counts = {
-        name: len(landmark_names(manifest.file(name))) for name in {e.landmarks for e in manifest.entries} if name
-    }
-    if len(set(counts.values())) != 1 or 0 in counts.values():
-        raise DataError(
-            f"{manifest.path}: all clips must have the same landmarks, at least one, got {counts or 'none'}"
-        )
-    return next(iter(counts.values()))
+    files = sorted({entry.landmarks for entry in manifest.entries if entry.landmarks})
+    found = {landmark_names(manifest.file(name)): name for name in files}
+    if len(found) != 1 or () in found:
+        got = "; ".join(f"{name}: {', '.join(names) or 'none'}" for names, name in found.items())
+        raise DataError(f"{manifest.path}: all clips must have the same landmarks, at least one, got {got or 'none'}")
+    return len(next(iter(found)))
 
 
 def check_data(config: FinetuneConfig, manifest: Manifest, split: str) -> None:

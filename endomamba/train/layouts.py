@@ -71,8 +71,13 @@ def from_lists(folder: Folder) -> Listed:
     """folder/videos/* and folder/splits/{train,val,test}.{csv,txt}, lines `file,label` (PolypDiag), labels 0, 1, ..."""
     root, entries, largest = open_folder(folder), [], 0
     for split in SPLITS:
-        for path in sorted((root / "splits").glob(f"{split}.*")):
+        lists = [path for path in (root / "splits" / f"{split}{end}" for end in (".csv", ".txt")) if path.exists()]
+        if len(lists) > 1:
+            raise DataError(f"{lists[0]}: stands beside {lists[1].name}; keep one of them")
+        for path in lists:
             for number, row in enumerate(read_rows(path), 1):
+                if not row:
+                    continue
                 if len(row) != 2 or not row[1].strip().isdecimal():
                     raise DataError(f"{path}, line {number}: must be `file,label`, got {','.join(row)!r}")
                 largest = max(largest, int(row[1]))

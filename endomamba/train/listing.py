@@ -35,11 +35,15 @@ def open_folder(folder: Folder) -> Path:
 
 
 def videos_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*") if path.suffix.lower() in VIDEOS)
+    return sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in VIDEOS)
 
 
 def read_rows(path: Path, delimiter: str = ",") -> list[list[str]]:
-    return list(csv.reader(path.read_text(encoding="utf-8").splitlines(), delimiter=delimiter))
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # spreadsheets begin a file with a mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    return list(csv.reader(lines, delimiter=delimiter))
 
 
 def last_number(name: str) -> int:
@@ -65,4 +69,6 @@ def frames_of(path: Path) -> int:
 
 
 def whole_clip(root: Path, path: Path, label: int | None, split: str) -> Entry:
+    if not path.is_relative_to(root) or ".." in path.parts[len(root.parts) :]:
+        raise DataError(f"{path}: a list below {root} must name files below it")
     return Entry(path.relative_to(root).as_posix(), 0, frames_of(path), label, split=split)

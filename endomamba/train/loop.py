@@ -267,7 +267,7 @@ class _Run:
         self.model.train()
         say.judged(done, values)
         value = values.get(self.best)
-        if value is not None and (self.best_value is None or value > self.best_value):
+        if value is not None and value == value and (self.best_value is None or value > self.best_value):  # not NaN
             self.best_value = value
             if self.world.rank == 0:
                 facts = {"step": str(done), self.best: f"{value}"} | self.facts

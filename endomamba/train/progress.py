@@ -92,7 +92,8 @@ class Progress:
         checkpoint.write_atomically(self.out / f"{name}-{done:08d}.png", lambda file: image.save(file, "PNG"))
 
     def _write(self, done: int, kind: str, values: dict[str, float]) -> None:
-        self.lines.write(json.dumps({"step": done, "kind": kind, **values}) + "\n")
+        numbers = {name: None if value != value else value for name, value in values.items()}  # JSON has no NaN
+        self.lines.write(json.dumps({"step": done, "kind": kind, **numbers}) + "\n")
         self.lines.flush()
         for name, value in values.items():
             self.board.add_scalar(f"{kind}/{name}", value, done)

@@ -134,7 +134,8 @@ def _phases(root: Path, name: str, path: Path, classes: tuple[str, ...], split: 
     found += [file for place in places for file in videos_in(root / place) if file.stem == name]
     if not found:
         raise DataError(f"{path}: there is no {name} in {' or '.join(str(root / place) for place in places)}")
-    return _labelled(root, found[0], np.array(labels)[:: FPS if found[0].is_dir() else 1], split)
+    by_second = found[0].is_dir()
+    return _labelled(root, found[0], np.array(labels)[:: FPS if by_second else 1], split, 1 if by_second else FPS)
 
 
 def from_autolaparo(folder: Folder) -> Listed:
@@ -155,8 +156,8 @@ def from_autolaparo(folder: Folder) -> Listed:
         wrong = [label for label in labels if not 0 <= label < len(AUTOLAPARO)]
         if wrong:
             raise DataError(f"{root}: the labels of video {name} hold phase {wrong[0]}, there are 0 to 6")
-        each = np.array(labels) if found[0].is_dir() else np.repeat(labels, FPS)
-        entries.append(_labelled(root, found[0], each, split))
+        rate = 1 if found[0].is_dir() else FPS
+        entries.append(_labelled(root, found[0], np.repeat(labels, rate), split, rate))
     return AUTOLAPARO, at_least_one(entries, root, "labels/label_NN.txt or labels_pkl/*/1fps*.pickle")
 
 
@@ -252,7 +253,7 @@ def from_cholect50(folder: Folder) -> Listed:
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise DataError(f"{path}: is no list of triplets ({type(error).__name__}: {error})") from None
         place = root / "videos" / path.stem
-        count = min(frames_of(place), len(sets))
+        count = _count(place, len(sets), 1)
         runs = tuple((triplets, len(list(same))) for triplets, same in itertools.groupby(sets[:count]))
         split = next((split for split, videos in CHOLECT50.items() if last_number(path.stem) in videos), "train")
         entries.append(Entry(place.relative_to(root).as_posix(), 0, count, runs, split=split))
@@ -279,10 +280,15 @@ def _fps(path: Path) -> float:
         return reader.info.fps
 
 
-def _labelled(root: Path, path: Path, labels: np.ndarray, split: str) -> Entry:
-    """As far as there are both frames and labels, which may differ by a second or a hundredth."""
-    frames = frames_of(path)
-    count = min(frames, len(labels))
-    if not count or abs(frames - len(labels)) > max(FPS, count // 100):
-        raise DataError(f"{path}: holds {frames} frames, there are labels for {len(labels)}")
+def _labelled(root: Path, path: Path, labels: np.ndarray, split: str, rate: int) -> Entry:
+    count = _count(path, len(labels), rate)
     return Entry(path.relative_to(root).as_posix(), 0, count, run_lengths(labels[:count]), split=split)
+
+
+def _count(path: Path, labels: int, rate: int) -> int:
+    """As far as there are both frames, `rate` a second, and labels, which may differ by a second or a hundredth."""
+    frames = frames_of(path)
+    count = min(frames, labels)
+    if not count or abs(frames - labels) > max(rate, count // 100):
+        raise DataError(f"{path}: holds {frames} frames, there are labels for {labels}")
+    return count

@@ -13,6 +13,7 @@ What is read is given from 0 to 1 across the picture.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from .errors import DataError
 
 IGNORED = 255  # a pixel of a mask that counts in no loss and no metric
 BOXES = 8  # boxes of a frame at most, the largest
+BRIGHT = 127  # grey level; what is above it is marked
 KIND = "endomamba places"
 TARGETS = ("mask", "box", "landmarks")
 
@@ -63,7 +65,7 @@ def read_masks(path: Path, numbers: Sequence[int]) -> np.ndarray:
         truth, at = _truth(path, numbers)
         return truth.masks()[at].view(np.uint8)
     if path.is_dir():
-        return (read_frames(path, numbers).float().mean(-1) > 127).numpy().view(np.uint8)
+        return (read_frames(path, numbers).float().mean(-1) > BRIGHT).numpy().view(np.uint8)
     raise DataError(f"{path}: masks are read from a folder of pictures or a *.truth.jsonl")
 
 
@@ -114,7 +116,10 @@ def check_targets(name: str, path: Path, frames: int, start: int, stop: int) -> 
             load_truth(path, start, stop)
         elif path.is_dir():
             with FolderReader(path) as reader:
-                count = sum(1 for _ in reader)
+                brightest = [float(frame.rgb.float().mean(-1).max()) for frame in reader]
+            count, most = len(brightest), max(brightest, default=0)
+            if 0 < most <= BRIGHT:
+                return f"{path.name}: what is brighter than {BRIGHT} of 255 is marked, its masks hold {most:g} at most"
             if reader.damage:
                 return f"{path.name}: {reader.damage}"
             if count != frames:
@@ -154,14 +159,29 @@ def _around(mask: np.ndarray) -> list[tuple[int, int, int, int]]:
 def _places(path: Path) -> tuple[tuple[int, int], tuple[str, ...], dict[int, dict[str, Any]]]:
     """A places file -> size, names of the landmarks, and the lines by their frames, checked."""
     try:
+        stat = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    return _read_places(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _read_places(
+    path: Path, modified: int, size: int
+) -> tuple[tuple[int, int], tuple[str, ...], dict[int, dict[str, Any]]]:
+    """Once a process and state of the file: every clip of a video asks for it."""
+    try:
         header, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         if header.get("kind") != KIND:
             raise ValueError(f"its first line must be a header of kind {KIND!r}")
         (h, w), names = header["size"], tuple(header.get("landmarks", ()))
+        if not (h > 0 and w > 0):
+            raise ValueError(f"size must be [height, width] in pixels, got {header['size']}")
         for row in rows:
-            if np.shape(row.get("landmarks", np.zeros((len(names), 3)))) != (len(names), 3):
+            marks, boxes = (np.array(row.get(part, []), np.float32) for part in ("landmarks", "boxes"))
+            if "landmarks" in row and marks.shape != (len(names), 3):
                 raise ValueError(f"frame {row['frame']} must have {len(names)} landmarks of [visible, x, y]")
-            if row.get("boxes") and np.shape(row["boxes"])[1:] != (4,):
+            if boxes.size and boxes.shape[1:] != (4,):
                 raise ValueError(f"frame {row['frame']} must have boxes of [x0, y0, x1, y1]")
         return (h, w), names, {row["frame"]: row for row in rows}
     except OSError as error:

@@ -185,5 +185,8 @@ def test_published_names(options, prefix, tmp_path):
     ],
 )
 def test_wrong_heads(options, why):
+    """Tokens of another picture than the head was made for, too."""
+    with pytest.raises(ValueError, match=r"needs 4 patches a frame, \(2, 2\), and at most cls, got 10"):
+        seeded(MASKS).head(torch.randn(1, 1, 10, 16))
     with pytest.raises(ValueError, match=why):
         create_model("endomamba", **options)

@@ -117,7 +117,7 @@ def test_evaluation_reads_each_video_once_as_a_stream(data, model, reset):
     clips.train = False
     with torch.no_grad():
         pairs = list(read_videos(config, model.eval(), clips, range(4), ONE, TASKS["phase"].predict))
-    for i, (predicted, label) in enumerate(pairs):
+    for i, (predicted, label, _) in enumerate(pairs):
         whole = ClipDataset(listed, listed.entries, finetune.replace(config.clip, frames=10), SIZE, 0)
         whole.train = False
         item = whole[Sample(i, 0, 0, 0, True, tail=True)]

@@ -11,6 +11,7 @@ import pytest
 from endomamba import cli, synthetic
 from endomamba.train import layouts, manifest, published
 from endomamba.train.layouts import LAYOUTS
+from endomamba.train.listing import videos_in
 from endomamba.train.manifest import UNKNOWN, DataError, Entry
 
 from .common import draw
@@ -43,6 +44,18 @@ def test_plain_folders_and_lists(tmp_path):
     draw(tmp_path / "l" / "videos" / "x.mp4", 5, 0)
     (tmp_path / "l" / "splits" / "train.txt").write_text("x.mp4,1\n")
     assert layouts.from_lists(tmp_path / "l") == (("class 0", "class 1"), [Entry("videos/x.mp4", 0, 5, 1)])
+    (tmp_path / "l" / "videos" / "._x.mp4").write_bytes(b"what some systems leave beside a file")
+    assert [path.name for path in videos_in(tmp_path / "l" / "videos")] == ["x.mp4"]
+    (tmp_path / "l" / "splits" / "train.txt").write_text("\ufeffx.mp4,1\n\n", encoding="utf-8")
+    assert len(layouts.from_lists(tmp_path / "l")[1]) == 1
+    (tmp_path / "l" / "splits" / "train.csv").write_text("x.mp4,1\n")
+    with pytest.raises(DataError, match=r"train\.csv: stands beside train\.txt"):
+        layouts.from_lists(tmp_path / "l")  # or each clip would be there twice
+    (tmp_path / "l" / "splits" / "train.csv").unlink()
+    for outside in ("/x.mp4", "../../f/val/polyp/a.mp4"):
+        (tmp_path / "l" / "splits" / "train.txt").write_text(f"{outside},1\n")
+        with pytest.raises(DataError, match="must name files below it"):
+            layouts.from_lists(tmp_path / "l")
     (tmp_path / "l" / "splits" / "train.txt").write_text("x.mp4,yes\n")
     with pytest.raises(DataError, match="line 1: must be `file,label`"):
         layouts.from_lists(tmp_path / "l")
@@ -236,6 +249,11 @@ def test_cholect50(tmp_path):
         Entry("videos/VID111", 0, 1, (((), 1),), split="test"),
     )
     assert got.entries[0].label_sets(5).tolist() == [[0, 1, 0, 1, 0]] * 2 + [[0] * 5]
+    pictures(tmp_path / "more", 3)
+    (tmp_path / "more").rename(tmp_path / "videos" / "VID112")
+    (tmp_path / "labels" / "VID111.json").rename(tmp_path / "labels" / "VID112.json")
+    with pytest.raises(DataError, match="VID112: holds 3 frames, there are labels for 1"):
+        published.from_cholect50(tmp_path)
     (tmp_path / "labels" / "VID01.json").write_text("{}")
     with pytest.raises(DataError, match=r"VID01\.json: is no list of triplets \(KeyError"):
         published.from_cholect50(tmp_path)

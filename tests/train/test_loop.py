@@ -65,7 +65,7 @@ class Toy(nn.Module):
         return self.second(self.first(video.float().mean((2, 3, 4)) / 255))
 
 
-def toy(data, out, number=6, spoil=None, **changes):
+def toy(data, out, number=6, spoil=None, evaluate=None, **changes):
     """Any module and any function of a batch will do; spoil(step number) may return a factor for its loss."""
     torch.manual_seed(0)
     model, config = Toy(), tiny(memory="clip", chunk=0, **changes)
@@ -81,8 +81,21 @@ def toy(data, out, number=6, spoil=None, **changes):
         factor = 1.0 if spoil is None else spoil(at, model)
         return Loss((value**2).mean() * factor, value.mean())
 
-    loop.train(config, model, step, dataset, plan, out, ONE)
+    loop.train(config, model, step, dataset, plan, out, ONE, evaluate=evaluate, best="score")
     return model
+
+
+def test_the_best_weights_are_of_a_number(data, tmp_path):
+    """A score that does not exist is none, in the log null; the ones after it are compared as if it had not been."""
+    from safetensors import safe_open
+
+    scores = [float("nan"), 0.2, 0.5, float("nan"), 0.4, float("nan")]
+    judged = iter(scores)
+    toy(data, tmp_path, evaluate=lambda: {"score": next(judged)}, eval_every=1)
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [row["score"] for row in rows if row["kind"] == "eval"] == [None, 0.2, 0.5, None, 0.4, None]
+    with safe_open(tmp_path / "best.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["endomamba"]) == {"step": "3", "score": "0.5"}
 
 
 def test_a_step_is_one_function(data, tmp_path):

@@ -124,12 +124,12 @@ def test_truth_files(synth):
     np.testing.assert_allclose(repeated, np.concatenate([read_landmarks(lines, [n]) for n in (3, 3, 2)]))
 
 
-def make_pictures(folder, masks):
+def make_pictures(folder, masks, bright=255):
     from PIL import Image
 
     folder.mkdir()
     for i, mask in enumerate(masks):
-        Image.fromarray(mask.astype(np.uint8) * 255).save(folder / f"mask{i}.png")
+        Image.fromarray(mask.astype(np.uint8) * bright).save(folder / f"mask{i}.png")
 
 
 def test_folders_of_masks_and_places(tmp_path):
@@ -246,13 +246,18 @@ def test_check_looks_at_targets(clips, synth, capsys):
     make_pictures(folder / "torn", [np.zeros((H, W))] * 20)
     (folder / "torn" / "mask7.png").write_bytes(b"no picture")
     (folder / "x.places.jsonl").write_text("{}\n")
-    bad = {"few": "few holds 3 masks, the video 20 frames", "torn": "mask7.png could not be read",
+    make_pictures(folder / "ones", [np.ones((H, W))] * 20, bright=1)
+    header = '{"kind": "endomamba places", "size": [48, 64], "landmarks": ["tip"]}'
+    (folder / "word.places.jsonl").write_text(header + '\n{"frame": 0, "landmarks": [["yes", 1, 1]]}\n')
+    bad = {"ones": "what is brighter than 127 of 255 is marked, its masks hold 1 at most",
+           "word.places.jsonl": "is no list of places",
+           "few": "few holds 3 masks, the video 20 frames", "torn": "mask7.png could not be read",
            "x.places.jsonl": "is no list of places"}  # fmt: skip
     entries = [good, *(Entry("a.mp4", 0, 20, mask=name) for name in bad)]
     path = manifest.write(folder / "bad.jsonl", ["a", "b"], entries).path
     assert cli.main(["data", "check", str(path)]) == 3
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["ok", "BAD", "BAD", "BAD", "4"]
+    assert [line.split()[0] for line in lines] == ["ok", *["BAD"] * 5, "6"]
     for line, why in zip(lines[1:], bad.values()):
         assert why in line, line
 

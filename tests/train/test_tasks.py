@@ -188,7 +188,8 @@ def test_streams_are_judged_as_whole_videos(data, task):
     parts.train = whole.train = False
     with torch.no_grad():
         read = list(read_videos(config, model, parts, range(3), ONE, TASKS[task].predict))
-        for i, (predicted, true) in enumerate(read):
+        for i, (predicted, true, lost) in enumerate(read):
+            assert lost == 0
             item = whole[Sample(i, 0, i, 0)]
             answer = TASKS[task].predict(model(NORMALISE(item["video"][None])))[0]
             assert len(predicted) == FRAMES
@@ -332,12 +333,15 @@ def test_wrong_tasks(data, tmp_path):
     for task, of, why in (
         ("segmentation", bare, "names no file for mask, segmentation needs one"),
         ("localisation", bare, "names no file for landmarks, localisation needs one"),
-        ("localisation", uneven, "all clips must have the same landmarks"),
+        ("localisation", uneven, "all clips must have the same landmarks, at least one, got .*places.jsonl: tip"),
         ("phase", manifest.read(path(data, "sets")), "has several labels a frame, phase needs one"),
         ("classification", listed, "has labels by frame, classification needs one class a clip"),
     ):
         with pytest.raises(DataError, match=why):
             fit(config_of(task, **{"clip.frames": 4}), of.path, tmp_path / "out")
+    windows = {"model": "videomamba", "model_options": BACKBONES["videomamba"], "memory": "clip", "chunk": 0}
+    with pytest.raises(ValueError, match=r"videomamba reads windows of clip\.frames=4: set reset=0"):
+        fit(config_of("phase", **windows, **{"clip.frames": 4, "reset": 8}), listed.path, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -350,12 +354,24 @@ def test_wrong_tasks(data, tmp_path):
         ({"neighbours": 0}, "neighbours must be"),
         ({"clip.frames": 0}, "memory='carried' needs clip.frames >= 1"),
         ({"schedule": "steps"}, "schedule must be one of"),
+        ({"task": "segmentation", "model_options": {"head": "mean"}}, "task='segmentation' has a head of its own"),
+        ({"model_options": {"head": "localisation"}}, "task='phase' has a head of its own"),
         ({"published_empty": 1, "task": "segmentation"}, "published_empty must be True or False"),
     ],
 )
 def test_wrong_configs(changes, why):
     with pytest.raises(ValueError, match=why):
         tiny(**changes)
+
+
+def test_frames_without_a_class_are_not_unreadable(data, tmp_path):
+    """They count in no number; `unreadable` is what was not decoded."""
+    (tmp_path / "torn.mp4").write_bytes(b"x" * 500)
+    entries = [Entry(str(data / "0.mp4"), 0, FRAMES, ((0, 5), (None, FRAMES - 5))), Entry("torn.mp4", 0, 7, ((1, 7),))]
+    listed = manifest.write(tmp_path / "m.jsonl", ["a", "b"], entries)
+    config = config_of("phase")
+    model = finetune.build(config, listed, "", head=False)
+    assert finetune.evaluate(config, model, listed, "train", ONE)["unreadable"] == 7
 
 
 def test_poly_schedule():
