@@ -893,6 +893,8 @@ def _data_manifest(args: argparse.Namespace) -> int:
     if args.layout not in LAYOUTS:
         listed = "\n".join(f"  {name:<20} {layout.what}" for name, layout in LAYOUTS.items())
         raise UsageError(f"there is no layout {args.layout!r}; there are\n{listed}")
+    if not args.name or Path(args.name).name != args.name:
+        raise UsageError(f"--name must be a name without a folder, as paths are relative to it, got {args.name!r}")
     path = args.folder / f"{args.name}.jsonl"
     if path.exists() and not args.overwrite:
         raise UsageError(f"{path} exists already: replace it with --overwrite")

@@ -86,7 +86,7 @@ def open_split(config: Any, manifest: Manifest, split: str, size: int) -> ClipDa
 def read_clips(
     config: Any, model: Any, dataset: ClipDataset, mine: range, world: World, predict: Callable[[Answer], Tensor]
 ) -> Iterator[Read]:
-    """Each clip's prediction (1, ...) and class (1,), from its first frames; a class that is unknown was not decoded."""
+    """Each clip's prediction (1, ...) and class (1,), from its first frames; -100 where not decoded."""
     samples = [Sample(i, 0, i, start=0) for i in mine]
     size = max(1, config.batch_size // (world.size * config.accumulate))
     normalise = Normalise(config.clip.normalise, world.device)

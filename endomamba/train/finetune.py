@@ -71,7 +71,7 @@ class FinetuneConfig(TrainConfig):
         head = self.model_options.get("head", "mean")
         if "head" in self.model_options and (TASKS[self.task].targets or head in ("segmentation", "localisation")):
             raise ValueError(
-                f"FinetuneConfig: task={self.task!r} has a head of its own, not model_options.head={head!r}"
+                f"FinetuneConfig: task={self.task!r} has a head of its own: leave out model_options.head={head!r}"
             )
         _number(self, "label_smoothing", float, 0, 1)
         _number(self, "position_weight", float, 0)

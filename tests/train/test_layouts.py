@@ -276,6 +276,9 @@ def test_every_layout_refuses_an_empty_folder(tmp_path, capsys):
         with pytest.raises(DataError, match="is not a folder"):
             layout.convert(tmp_path / "gone")
         assert layout.what, name
+    for name in ("../up", "", "a/b"):
+        assert cli.main(["data", "manifest", str(tmp_path), "--layout", "folders", "--name", name]) == 2
+        assert "--name must be a name without a folder" in capsys.readouterr().err
     assert cli.main(["data", "manifest", str(tmp_path), "--layout", "x"]) == 2
     said = capsys.readouterr().err
     assert all(name in said for name in LAYOUTS)
