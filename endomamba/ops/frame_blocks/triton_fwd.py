@@ -209,11 +209,12 @@ def _fitting(tile: int, size: int) -> int:
 
 
 @functools.cache
-def _ahead(device: torch.device) -> int:
-    """Programmatic dependent launch is for NVIDIA chips from Hopper on."""
+def _ahead(device: torch.device) -> bool:
+    """Programmatic dependent launch is for NVIDIA chips from Hopper on.  Called where the device is the current one."""
     if not ASM:
-        return 0
-    return 4 if device.type == "meta" or torch.cuda.get_device_capability(device) >= (9, 0) else 0
+        return False
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 90
 
 
 def frame_blocks(
