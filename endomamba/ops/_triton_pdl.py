@@ -7,7 +7,7 @@ import triton.language as tl
 @triton.jit
 def wait_for_previous(PDL: tl.constexpr):
     # In a kernel launched with launch_pdl=True each program must come by here: behind it is what the kernel before
-    # wrote.  What the one before that wrote is there at once, as no program lets the next kernel in before its own wait.
+    # wrote.  What the one before that wrote is there at once: no program lets the next kernel in before its own wait.
     if PDL:
         tl.extra.cuda.gdc_wait()
 
