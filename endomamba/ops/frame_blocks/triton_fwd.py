@@ -292,7 +292,9 @@ def _block(
 
 
 def aot_cases() -> list[AotCase]:
-    cases = []
+    cases: list[AotCase] = []
+    if not ASM:  # op.py refuses AMD: Triton's compiler ends with an assertion of its own on the scan
+        return cases
     for name, b, c, dtype in (
         ("small-bf16", 1, 384, torch.bfloat16), ("small-fp32", 1, 384, torch.float32),
         ("many-bf16", 16, 384, torch.bfloat16), ("middle-bf16", 1, 576, torch.bfloat16),
