@@ -41,6 +41,7 @@ STACK: dict[str, tuple[int, str]] = {
     ),
     "sm_* _scan_triton/bwd-*_combine_kernel": (16, "64-bit divisions hold registers; memory bound all the same"),
     "sm_1?0 frame_embed/fwd/*": (16, "two to four words, no spills: beside the calls of the fp64 division"),
+    "sm_* frame_blocks/fwd/many-*_in_conv_kernel*": (72, "many streams, which are packed only where that is asked for"),
     "gfx942 _scan_triton/bwd-*_scan_bwd_kernel*": (320, "no shared memory and no mma there: right, not fast"),
 }
 

@@ -270,8 +270,9 @@ def _block(
     p = launch["x"]
     tile = _fitting(p["BD"], d)
     parts = p["PARTS"] if d % (p["PARTS"] * tile) == 0 else 1
+    step = p["BK"] if rank <= 32 else p["BK"] // 2  # a consumer chip has 99 KB of shared memory
     _x_proj_kernel[(triton.cdiv(rows, p["BM"]), sides, parts)](
-        u, x_proj, dt_proj, dt_bias, bc, dt, rows, d, 2 * n, rank, parts, p["BM"], p["BK"], tile, ASM, ahead,
+        u, x_proj, dt_proj, dt_bias, bc, dt, rows, d, 2 * n, rank, parts, p["BM"], step, tile, ASM, ahead,
         num_warps=p["warps"], num_stages=p["stages"], **more,
     )  # fmt: skip
     warps = launch["both" if both else "scan"]["warps"]
