@@ -4,9 +4,9 @@
     python -m bench.ab_power --device cuda --runs 50 --planted 10 --planted-runs 20 --share 10 \\
         --only 'selective_scan small-l3152'
 
-Every run is the gate of `python -m bench ab` with processes of its own, or of --share runs; what looks slower is measured
-again in new ones, as there.  The worktrees are built once.  Writes bench/results/{cpu,cuda}_ab_power.json after each run,
-alarms and misses of a noisy minute included.
+Every run is the gate of `python -m bench ab` with processes of its own, or of --share runs; what looks slower is
+measured again in new ones, as there.  The worktrees are built once.  Writes bench/results/{cpu,cuda}_ab_power.json
+after each run, alarms and misses of a noisy minute included.
 """
 
 from __future__ import annotations
