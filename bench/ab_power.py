@@ -1,10 +1,12 @@
 """How often the gate is wrong on this machine: unchanged code against itself, and against a kernel made slower.
 
     python -m bench.ab_power [--runs 50] [--planted 25] [--only PATTERNS]
-    python -m bench.ab_power --device cuda --runs 50 --planted 10 --planted-runs 20 --only 'selective_scan small-l3152'
+    python -m bench.ab_power --device cuda --runs 50 --planted 10 --planted-runs 20 --share 10 \\
+        --only 'selective_scan small-l3152'
 
-Every run is the gate of `python -m bench ab` with processes of its own; the worktrees are built once.  Writes
-bench/results/{cpu,cuda}_ab_power.json after each run, alarms and misses of a noisy minute included.
+Every run is the gate of `python -m bench ab` with processes of its own, or of --share runs; what looks slower is
+measured again in new ones, as there.  The worktrees are built once.  Writes bench/results/{cpu,cuda}_ab_power.json
+after each run, alarms and misses of a noisy minute included.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from pathlib import Path
 from bench import machine
 from bench.ab import CASES
 from bench.gate import Gate
-from bench.pair import Options
+from bench.pair import Options, Pair, opened
 from bench.process import WorkerFailed
 from bench.worktrees import Side, checkouts, commit_with, common_dir, git, toplevel
 
@@ -68,11 +70,31 @@ def planted_on_gpu(repo: Path, base: str, percent: int, run: dict, device: str) 
     return commit_with(repo, base, {GPU_KERNEL: text.replace(GPU_LINE, GPU_LINE + SPIN.format(cycles=cycles))})
 
 
-def one_run(sides: tuple[Side, Side], options: Options, only: str, repo: Path) -> dict:
+class Processes:
+    """Those of one pair of sides: new ones for every so many runs, and after a failure."""
+
+    def __init__(self, sides: tuple[Side, Side], options: Options, runs: int):
+        self.sides, self.options, self.runs = sides, options, runs
+        self.stack, self.used, self.pair = contextlib.ExitStack(), 0, None
+
+    def next(self) -> Pair:
+        if self.pair is None or self.used == self.runs or not self.pair.alive:
+            self.close()
+            self.pair, self.used = self.stack.enter_context(opened(self.sides, self.options)), 0
+        self.used += 1
+        return self.pair
+
+    def close(self) -> None:
+        self.stack.close()
+        self.pair = None
+
+
+def one_run(processes: Processes, only: str, repo: Path) -> dict:
     start, load = time.perf_counter(), os.getloadavg()[0]
     with contextlib.redirect_stdout(io.StringIO()):
         try:
-            gate = Gate(sides, options, repo, common_dir(repo) / "bench-ab", ("time",), only)
+            cache = common_dir(repo) / "bench-ab"
+            gate = Gate(processes.sides, processes.options, repo, cache, ("time",), only, pair=processes.next())
             gate.run()
         except (machine.Refused, WorkerFailed) as error:
             return {"error": str(error)}
@@ -115,6 +137,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--planted", type=int, default=25, metavar="PERCENT")
     parser.add_argument("--planted-runs", type=int, metavar="RUNS", help="of the slower commit; default: --runs")
+    parser.add_argument("--share", type=int, default=1, metavar="RUNS", help="so many runs in the same processes")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", default="selective_scan small-l197", metavar="PATTERNS", help="cases, as for ab")
     parser.add_argument("--out", type=Path)
@@ -134,14 +157,19 @@ def main() -> None:
         if kind == "cpu":
             slow = planted(repo, base, args.planted)
         else:
-            slow = planted_on_gpu(repo, base, args.planted, one_run(same, options, args.only, repo), args.device)
+            first = Processes(same, options, 1)
+            slow = planted_on_gpu(repo, base, args.planted, one_run(first, args.only, repo), args.device)
+            first.close()
         other = stack.enter_context(checkouts(repo, base, slow, None, None))
+        both = [Processes(sides, options, args.share) for sides in (same, other)]
+        for processes in both:
+            stack.callback(processes.close)
         planted_runs = args.runs if args.planted_runs is None else args.planted_runs
         for number in range(max(args.runs, planted_runs)):
-            for (name, runs), sides, wanted in zip(experiments.items(), (same, other), (args.runs, planted_runs)):
+            for (name, runs), processes, wanted in zip(experiments.items(), both, (args.runs, planted_runs)):
                 if number >= wanted:
                     continue
-                runs.append(one_run(sides, options, args.only, repo))
+                runs.append(one_run(processes, args.only, repo))
                 print(f"{number + 1:3} {name}: {runs[-1]}", flush=True)
             found = {name: summary(runs, "selective_scan") for name, runs in experiments.items()}
             write(out, meta, found, experiments)

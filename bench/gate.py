@@ -41,7 +41,10 @@ class Report:
 
 @dataclass
 class Gate:
-    """One comparison of two sides.  repo: the user's checkout, whose code must not run; only: patterns, with commas."""
+    """One comparison of two sides.  repo: the user's checkout, whose code must not run; only: patterns, with commas.
+
+    pair: processes of both sides that are there already; None: new ones.
+    """
 
     sides: tuple[Side, Side]
     options: Options
@@ -50,6 +53,7 @@ class Gate:
     gates: tuple[str, ...] = GATES
     only: str = "*"
     target: str = "sm_90"
+    pair: Pair | None = None
     report: Report = field(default_factory=Report)
     cases: dict[str, dict] = field(default_factory=dict)  # of this run, by name
 
@@ -75,7 +79,7 @@ class Gate:
 
     def every_case(self) -> dict:
         with contextlib.ExitStack() as stack:
-            pair, checked = stack.enter_context(opened(self.sides, self.options)), False
+            pair, checked = self.pair or stack.enter_context(opened(self.sides, self.options)), False
             about, self.cases = pair.about, self.chosen(pair.cases)
             for name in self.cases:
                 try:

@@ -49,8 +49,8 @@ View contiguous(int64_t address, std::initializer_list<int64_t> sizes) {
   return view;
 }
 
-// The forward calls of a frame come as plain numbers, and what is contiguous as an address alone: structs filled field by
-// field from Python cost as much as a small frame's kernel.
+// The forward calls of a frame come as plain numbers, and what is contiguous as an address alone: structs filled field
+// by field from Python cost as much as a small frame's kernel.
 
 // sizes: b, l, d, n, w, r.  sides: 8 addresses for each direction.
 void mixer_fwd(const std::array<int64_t, 6>& sizes, int dtype, int threads, double scale, bool log_A, const View& x,

@@ -159,11 +159,11 @@ def test_a_state_that_is_not_finite_is_seen_behind_a_finite_answer():
 
 
 def test_a_frame_that_is_cut_short_leaves_no_trace(model, monkeypatch):
-    camera = FrameStream(model, 2, graph=False)
+    camera = FrameStream(model, 2, graph=False, packed=False)
     camera(batch(0, 100))
     before, expected = camera.snapshot(), camera.clone()(batch(1, 101))
 
-    def interrupted(features):
+    def interrupted(*arguments):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -41,8 +41,13 @@ STACK: dict[str, tuple[int, str]] = {
     ),
     "sm_* _scan_triton/bwd-*_combine_kernel": (16, "64-bit divisions hold registers; memory bound all the same"),
     "sm_1?0 frame_embed/fwd/*": (16, "two to four words, no spills: beside the calls of the fp64 division"),
+    "sm_* frame_blocks/fwd/many-*_in_conv_kernel*": (144, "many streams, packed only where that is asked for"),
     "gfx942 _scan_triton/bwd-*_scan_bwd_kernel*": (320, "no shared memory and no mma there: right, not fast"),
 }
+
+# Kernels that a target does not get: their op refuses it.
+FRAME_BLOCKS = {"_begin_kernel", "_in_conv_kernel", "_x_proj_kernel", "_scan_frame_kernel", "_out_proj_kernel"}
+NOT_FOR = {"gfx942": FRAME_BLOCKS}
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -120,7 +125,8 @@ def test_every_kernel_has_a_case():
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    kernels, quick = json.loads(done.stdout)
+    every, quick = json.loads(done.stdout)
     for target, rows in DATA["targets"].items():
         seen = {row.split(":")[1].split("#")[0] for row in rows if row.split(":")[0] in quick}
-        assert set(kernels) <= seen, f"{target}: no quick case launches {', '.join(sorted(set(kernels) - seen))}"
+        kernels = {*every} - NOT_FOR.get(target, set())
+        assert kernels <= seen, f"{target}: no quick case launches {', '.join(sorted(kernels - seen))}"

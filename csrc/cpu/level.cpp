@@ -15,13 +15,7 @@ void norm_bwd(const NormArgs&);
 void mixer_fwd(const MixerArgs&);
 
 extern const Kernels table;
-const Kernels table = {ENDOMAMBA_STRING(ENDOMAMBA_LEVEL),
-                       scan_fwd,
-                       scan_bwd,
-                       conv_fwd,
-                       conv_bwd,
-                       norm_fwd,
-                       norm_bwd,
-                       mixer_fwd};
+const Kernels table = {
+    ENDOMAMBA_STRING(ENDOMAMBA_LEVEL), scan_fwd, scan_bwd, conv_fwd, conv_bwd, norm_fwd, norm_bwd, mixer_fwd};
 
 }  // namespace endomamba::ENDOMAMBA_LEVEL

@@ -21,12 +21,13 @@ void conv_fwd(const ConvArgs&);
 
 namespace {
 
-constexpr int64_t kTokens = 12;              // of one x_proj task
+constexpr int64_t kTokens = 12;  // of one x_proj task
 constexpr int kTile = W == 16 ? 6 : W == 8 ? 3 : 3;  // tokens of a tile: with 4 columns the sums fit in registers
 
 // --- x_proj ----------------------------------------------------------------------------------------------------------
 
-// The next kStep elements of a row for a dot product; which lane takes which does not matter, as long as both rows agree.
+// The next kStep elements of a row for a dot product; which lane takes which does not matter, as long as both rows
+// agree.
 template <class T>
 struct Dot {
   static constexpr int64_t kStep = W;
@@ -103,8 +104,9 @@ void dot_rows(const T* u, int64_t u_stride, const T* weight, int64_t weight_stri
 template <class T>
 void project(const MixerArgs& a, const MixerDirection& dir, int64_t row, int64_t first, int64_t last) {
   const int64_t states = padded_states(a.n), stride = projected_floats(a), u_stride = dir.u.s[1];
-  const struct { int64_t from, count, to; } parts[] = {
-      {0, a.r + (states == a.n ? 2 * a.n : 0), 0}, {a.r, a.n, a.r}, {a.r + a.n, a.n, a.r + states}};
+  const struct {
+    int64_t from, count, to;
+  } parts[] = {{0, a.r + (states == a.n ? 2 * a.n : 0), 0}, {a.r, a.n, a.r}, {a.r + a.n, a.n, a.r + states}};
   for (int i = 0; i < (states == a.n ? 1 : 3); ++i) {
     const T* weight = dir.x_proj.at<T>(parts[i].from);
     const int64_t weight_stride = dir.x_proj.s[0], columns = parts[i].count;

@@ -1,6 +1,6 @@
-// Vectors of W fp32 lanes for the level this file is compiled at (baseline, AVX2, AVX-512 with and without BF16), and the few functions that
-// the kernels need on them.  GCC / Clang vector extensions carry the arithmetic (contracted to FMA where the level has
-// it); intrinsics stand only where the compilers find no good code by themselves.
+// Vectors of W fp32 lanes for the level this file is compiled at (baseline, AVX2, AVX-512 with and without BF16), and
+// the few functions that the kernels need on them.  GCC / Clang vector extensions carry the arithmetic (contracted to
+// FMA where the level has it); intrinsics stand only where the compilers find no good code by themselves.
 //
 // Everything here lives in the level's namespace: were it shared, the linker could keep the AVX-512 copy of an inline
 // function for all levels.  Kernels use no std:: containers for the same reason.

@@ -375,7 +375,7 @@ def frame_scan(
     warps: int,
     scale: float = 1.0,
     reverse: bool = False,
-    ahead: int = 0,
+    ahead: bool = False,
     tail: Tensor | None = None,
     conv_state: Tensor | None = None,
 ) -> None:

@@ -21,6 +21,8 @@ PRODUCTS = {torch.bfloat16, torch.float32}
 
 def _by_kernels(residual: Tensor, weights: Sequence[Tensor] = (), *_: object) -> list[str]:
     why = _triton.unsupported(residual)
+    if torch.version.hip:
+        why.append("the frame kernels do not compile for AMD GPUs yet")
     if len(weights):
         in_proj, conv, A = weights[0], weights[1], weights[6]
         taps, d, n = conv.shape[2] - 1, A.shape[1], A.shape[2]
