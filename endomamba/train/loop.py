@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import random
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -93,6 +94,8 @@ def train(
         died = next((str(e) for e in chain(error) if "DataLoader worker" in str(e)), None)
         if died is None or isinstance(error, TrainError):
             raise
+        for e in chain(error):  # what they hold ends the other workers; until then torch raises at any child's end
+            traceback.clear_frames(e.__traceback__)
         last = checkpoint.latest_path(Path(out))
         kept = f"the last checkpoint is {last.name}" if last else "there is no checkpoint yet"
         raise TrainError(
