@@ -88,7 +88,8 @@ def _explain(error: Exception) -> int:
     from .video import VideoError
 
     if isinstance(error, NonFiniteLoss) and int(os.environ.get("RANK", 0)):
-        return BAD_INPUT  # the first process says it for all
+        time.sleep(2)  # the first process says it for all, and torchrun ends it as soon as another one ends
+        return BAD_INPUT
     if isinstance(error, OSError) and error.strerror:
         text = (
             f"{error.filename}: {error.strerror}"
