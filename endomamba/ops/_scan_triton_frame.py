@@ -16,33 +16,11 @@ from ._scan_triton_step import _words2
 from ._triton import ASM
 from ._triton_math import LOG2E, exp2, sigmoid, softplus
 from ._triton_pdl import let_next_begin, wait_for_previous
+from ._triton_scan import neighbour
 from ._triton_shared import get1, get2, program_sync, put1, put2, reserve, shared_asm, warp_sync
 
 STATES = 16
 SHARED_BYTES = 47 * 1024  # of the 48 KB that need no asking; Triton wants a few bytes itself
-
-
-@triton.jit
-def _exchange(v, lane, DISTANCE: tl.constexpr, ASM: tl.constexpr):
-    # the value of the lane whose number differs in that bit
-    if not ASM:
-        return tl.gather(v, lane ^ DISTANCE, 0)
-    elif DISTANCE == 8:
-        return tl.inline_asm_elementwise(
-            "shfl.sync.bfly.b32 $0, $1, 8, 31, 0xffffffff;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1
-        )
-    elif DISTANCE == 4:
-        return tl.inline_asm_elementwise(
-            "shfl.sync.bfly.b32 $0, $1, 4, 31, 0xffffffff;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1
-        )
-    elif DISTANCE == 2:
-        return tl.inline_asm_elementwise(
-            "shfl.sync.bfly.b32 $0, $1, 2, 31, 0xffffffff;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            "shfl.sync.bfly.b32 $0, $1, 1, 31, 0xffffffff;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1
-        )
 
 
 @triton.jit
@@ -53,7 +31,7 @@ def _halve(p, lane, DISTANCE: tl.constexpr, ASM: tl.constexpr):
     for i in tl.static_range(DISTANCE):
         kept = tl.where(upper, p[i + DISTANCE], p[i])
         given = tl.where(upper, p[i], p[i + DISTANCE])
-        out = out + (kept + _exchange(given, lane, DISTANCE, ASM),)
+        out = out + (kept + neighbour(given, lane, DISTANCE, ASM),)
     return out
 
 

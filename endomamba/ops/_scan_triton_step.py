@@ -12,28 +12,13 @@ from torch import Tensor
 
 from ._triton import ASM, AotCase, meta, on_device
 from ._triton_math import LOG2E, exp2, sigmoid, softplus
-from ._triton_scan import store4
+from ._triton_scan import neighbour, store4
 
 STATES = 16  # the walk over many tokens sums at most this many at a time; so does this, for the same bits
 WARP_CHANNELS = 8
 # From so many warps of one sequence each (b * d / 8): sequences and warps a program, which change no bit.  Few: the
 # shortest program, spread over the multiprocessors.  Many: sequences share A, D, dt_bias and addresses.
 STEP = ((4096, 4, 4), (0, 1, 4))
-
-
-@triton.jit
-def _neighbour(v, lane, DISTANCE: tl.constexpr, ASM: tl.constexpr):
-    # the value of the lane whose number differs in bit DISTANCE (1 or 2)
-    if not ASM:
-        return tl.gather(v, lane ^ DISTANCE, 0)
-    elif DISTANCE == 1:
-        return tl.inline_asm_elementwise(
-            "shfl.sync.bfly.b32 $0, $1, 1, 31, 0xffffffff;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            "shfl.sync.bfly.b32 $0, $1, 2, 31, 0xffffffff;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1
-        )
 
 
 @triton.jit
@@ -125,13 +110,13 @@ def _dot(h, C, lane, P: tl.constexpr, ASM: tl.constexpr):
     for i in tl.static_range(2, P, 2):
         even = tl.fma(h[i], C[i], even)
         odd = tl.fma(h[i + 1], C[i + 1], odd)
-    even = _neighbour(even, lane, 1, ASM)
-    odd = _neighbour(odd, lane, 1, ASM)
+    even = neighbour(even, lane, 1, ASM)
+    odd = neighbour(odd, lane, 1, ASM)
     for i in tl.static_range(0, P, 2):
         even = tl.fma(h[i], C[i], even)
         odd = tl.fma(h[i + 1], C[i + 1], odd)
     total = even + odd
-    return total + _neighbour(total, lane, 2, ASM)
+    return total + neighbour(total, lane, 2, ASM)
 
 
 @triton.jit(

@@ -28,6 +28,29 @@ def swap(v, lane, ASM: tl.constexpr):
 
 
 @triton.jit
+def neighbour(v, lane, DISTANCE: tl.constexpr, ASM: tl.constexpr):
+    # the value of the lane whose number differs in bit DISTANCE, below 16
+    if not ASM:
+        return tl.gather(v, lane ^ DISTANCE, 0)
+    elif DISTANCE == 8:
+        return tl.inline_asm_elementwise(
+            "shfl.sync.bfly.b32 $0, $1, 8, 31, 0xffffffff;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1
+        )
+    elif DISTANCE == 4:
+        return tl.inline_asm_elementwise(
+            "shfl.sync.bfly.b32 $0, $1, 4, 31, 0xffffffff;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1
+        )
+    elif DISTANCE == 2:
+        return tl.inline_asm_elementwise(
+            "shfl.sync.bfly.b32 $0, $1, 2, 31, 0xffffffff;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "shfl.sync.bfly.b32 $0, $1, 1, 31, 0xffffffff;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def to_both(own, lane, ASM: tl.constexpr):
     # a value of each half's own token -> that of the pair's first token, that of its second, in every lane
     other = swap(own, lane, ASM)

@@ -27,6 +27,17 @@ def _dot(a, b, acc, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _product(a_p, w_p, acc, k, K: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr):
+    # acc + a @ w.T; a_p, w_p: places of the first BK columns of their rows
+    for k0 in range(0, K, BK):
+        inside = (k + k0 < K)[None, :]
+        a = tl.load(a_p + k0) if K % BK == 0 else tl.load(a_p + k0, mask=inside, other=0.0)
+        w = tl.load(w_p + k0) if K % BK == 0 else tl.load(w_p + k0, mask=inside, other=0.0)
+        acc = _dot(a, w.trans(), acc, EXACT)
+    return acc
+
+
+@triton.jit
 def _begin_kernel(residual_ptr, copy_ptr, squares_ptr, C: tl.constexpr, BLOCK: tl.constexpr):
     # Grid (rows,): what _out_proj_kernel leaves for the next block, for the first one.
     row = tl.program_id(0).to(tl.int64)
@@ -51,7 +62,6 @@ def _in_conv_kernel(
     # Traffic: the residual in the weight's dtype once a column of tiles, the weight once a row of them, from L2.
     # Numerics: products and conv in fp32; x is rounded to the model's dtype before the conv, as a tensor would be.
     OWN: tl.constexpr = BM - (2 * TAPS if BOTH else TAPS)
-    EVEN: tl.constexpr = C % BK == 0
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     EXACT: tl.constexpr = weight_ptr.dtype.element_ty == tl.float32
     tile = tl.program_id(0)
@@ -68,11 +78,7 @@ def _in_conv_kernel(
     part = tl.arange(0, P2)
     squares = tl.load(squares_ptr + part[None, :] * rows + row[:, None], mask=(part < TILES)[None, :], other=0.0)
     acc = tl.zeros([BM, BN], tl.float32)
-    for k0 in range(0, C, BK):
-        inside = (k + k0 < C)[None, :]
-        a = tl.load(r_p + k0) if EVEN else tl.load(r_p + k0, mask=inside, other=0.0)
-        w = tl.load(w_p + k0) if EVEN else tl.load(w_p + k0, mask=inside, other=0.0)
-        acc = _dot(a, w.trans(), acc, EXACT)
+    acc = _product(r_p, w_p, acc, k, C, BK, EXACT)
     let_next_begin(PDL)
     factor = tl.where(there, tl.rsqrt(tl.sum(squares, 1) / C + eps), 0.0)
     xz = (acc * factor[:, None]).to(DTYPE)
@@ -143,11 +149,7 @@ def _x_proj_kernel(
             bc = _dot(u, w_bc.trans(), bc, EXACT)
         tl.store(bc_ptr + out_row * N2 + column[None, :], bc.to(bc_ptr.dtype.element_ty), mask=there)
     else:
-        for k0 in range(0, D, BK):
-            inside = (k0 + k < D)[None, :]
-            u = tl.load(u_p + k0) if EVEN else tl.load(u_p + k0, mask=inside, other=0.0)
-            w_low = tl.load(low_p + k0) if EVEN else tl.load(low_p + k0, mask=inside, other=0.0)
-            low = _dot(u, w_low.trans(), low, EXACT)
+        low = _product(u_p, low_p, low, k, D, BK, EXACT)
     let_next_begin(PDL)
     small = low.to(u_ptr.dtype.element_ty)
     if ONE:
@@ -171,7 +173,6 @@ def _out_proj_kernel(
     # For the next block: the residual in the weight's dtype (copy), and the sum of squares of each row of the tile.
     # Traffic: y once for each column of tiles, the weight once for each row of them, from L2; the residual twice.
     # Numerics: summed in fp32 and added unrounded.
-    EVEN: tl.constexpr = D % BK == 0
     EXACT: tl.constexpr = weight_ptr.dtype.element_ty == tl.float32
     tile = tl.program_id(0)
     row = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -186,11 +187,7 @@ def _out_proj_kernel(
     r = tl.load(residual_ptr + at, mask=own, other=0.0)  # the block before wrote it, three kernels ago
     wait_for_previous(PDL)
     acc = tl.zeros([BM, BN], tl.float32)
-    for k0 in range(0, D, BK):
-        inside = (k + k0 < D)[None, :]
-        a = tl.load(a_p + k0) if EVEN else tl.load(a_p + k0, mask=inside, other=0.0)
-        w = tl.load(w_p + k0) if EVEN else tl.load(w_p + k0, mask=inside, other=0.0)
-        acc = _dot(a, w.trans(), acc, EXACT)
+    acc = _product(a_p, w_p, acc, k, D, BK, EXACT)
     let_next_begin(PDL)
     r += tl.where(own, acc, 0.0)
     tl.store(residual_ptr + at, r, mask=own)
