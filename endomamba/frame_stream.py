@@ -318,6 +318,11 @@ class FrameStream:
         return self._state.device
 
     @property
+    def packed(self) -> bool:
+        """Whether the blocks run in the fused kernels, with the copy of the weights; if not, packed=True says why."""
+        return self._weights is not None
+
+    @property
     def frames_seen(self) -> int:
         """The position of the stream that is the furthest; waits for the device, as all below does."""
         return int(self._state.frame.max())
@@ -379,7 +384,7 @@ class FrameStream:
         """Another stream on the same model, from here on on its own."""
         sizes = [(height, width) for height, width, is_uint8 in self._inputs if is_uint8]
         options = dict(mean=self.mean, std=self.std, positions=self.positions, graph=self.graph)
-        options["packed"] = self._weights is not None
+        options["packed"] = self.packed
         other = FrameStream(self.model, self.batch_size, sizes=sizes, **options)
         other.restore(self._state)
         return other

@@ -386,9 +386,10 @@ def test_packed_weights_give_the_same_answers(state):
     if DEVICE == "cuda" and state == 2:
         with pytest.raises(ValueError, match=r"needs the kernels of frame_blocks: .* for 16 states, not 2"):
             FrameStream(model, packed=True)
-        assert FrameStream(model)._weights is None
+        assert not FrameStream(model).packed
         return
     packed, plain = FrameStream(model, 2, packed=True), FrameStream(model, 2, packed=False)
+    assert packed.packed and not plain.packed and FrameStream(model).packed == (DEVICE == "cuda")
     for i in range(5):
         frames = batch(i, 100 + i)
         torch.testing.assert_close(packed(frames), plain(frames), rtol=0, atol=5 * TOLERANCE)
