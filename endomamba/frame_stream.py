@@ -33,7 +33,7 @@ WARM_UP = 3  # frames before a capture: kernels are compiled, libraries choose t
 
 Size = tuple[int, int]
 Frames = Tensor | Sequence[Tensor | None]
-Row = tuple[int | slice, Tensor]  # the stream, or all of them, and its frame
+Row = tuple[Tensor, Tensor]  # a part of a buffer, and the frame, or frames, that go there
 
 
 class FrameStream:
@@ -89,10 +89,12 @@ class FrameStream:
         self._gives_pictures = self.device.type == "cuda" and isinstance(self._reads, EndoMamba)
         self._weights = self._may_pack(packed)
         self._answer: Tensor | None = None  # (b, k)
-        self._active = _Mailbox([True] * batch_size, torch.bool, self.device)
-        self._gap = _Mailbox([0] * batch_size, torch.int64, self.device)
+        self._all, self._no_gaps = [True] * batch_size, [0] * batch_size  # what most calls send
+        self._active = _Mailbox(self._all, torch.bool, self.device)
+        self._gap = _Mailbox(self._no_gaps, torch.int64, self.device)
         self._not_finite = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         self._inputs: dict[tuple[int, int, bool], _Input] = {}
+        self._places: dict[tuple[torch.Size, torch.dtype], tuple[_Input, Tensor]] = {}  # see `_place`
         self.prepare(model.config.img_size, *sizes)
 
     def _may_capture(self, graph: bool | None) -> bool:
@@ -141,14 +143,16 @@ class FrameStream:
         leave it as it is until the answer was read.
         """
         start = time.perf_counter()
-        rows, size, is_uint8 = self._checked(frames)
-        whole = isinstance(frames, Tensor)
-        active = [True] * self.batch_size if whole else [frame is not None for frame in frames]
+        if isinstance(frames, Tensor):
+            entry, place = self._place(frames)
+            rows, active = [(place, frames)], self._all
+        else:
+            entry, rows = self._rows(frames)
+            active = [frame is not None for frame in frames]
         gaps = self._gaps(elapsed, active)
         self._active.send(active)
         self._gap.send(gaps)
         with torch.inference_mode():
-            entry = self._input(size, is_uint8)
             entry.fill(rows)
             if entry.graph is not None:
                 self.preprocess_seconds = time.perf_counter() - start
@@ -215,6 +219,15 @@ class FrameStream:
                 raise ValueError(f"FrameStream: a size must be (height, width) in pixels, got {(height, width)}")
             self._input((int(height), int(width)), True)
 
+    def buffer(self, size: Size | None = None) -> Tensor:
+        """Where uint8 frames of this (height, width), None: the model's, are read from: (b, height, width, 3) on the
+        model's device.  A producer on that device, a decoder say, may write its frames here, on the stream of the
+        calls; `step(camera.buffer(size))` then copies nothing.  A call that is given other frames of the size
+        overwrites them."""
+        size = self.model.config.img_size if size is None else size
+        self.prepare(size)
+        return self._input((int(size[0]), int(size[1])), True).frames
+
     def _input(self, size: Size, is_uint8: bool) -> _Input:
         key = (*size, is_uint8)
         if key not in self._inputs:
@@ -248,11 +261,20 @@ class FrameStream:
         self._not_finite.copy_(counted)
         return graph
 
-    def _checked(self, frames: Frames) -> tuple[list[Row], Size, bool]:
-        """-> what goes where in the buffer, as it lies there; the size, whether uint8; or ValueError."""
-        if isinstance(frames, Tensor):
-            x = self._as_buffer(frames.unsqueeze(0) if frames.ndim == 3 else frames, frames, self.batch_size)
-            return [(slice(None), x)], self._size(x), x.dtype == torch.uint8
+    def _place(self, frames: Tensor) -> tuple[_Input, Tensor]:
+        """Where frames of all streams go: the buffer as it lies there, and seen in their layout.  What is asked of a
+        frame is in its shape and dtype, so each kind is checked and its view made once; ValueError."""
+        kind = (frames.shape, frames.dtype)
+        if kind not in self._places:
+            x = frames.unsqueeze(0) if frames.ndim == 3 else frames
+            size, last = self._layout(x, frames, self.batch_size)
+            entry = self._input(size, x.dtype == torch.uint8)
+            seen = entry.seen(last)
+            self._places[kind] = entry, seen[0] if frames.ndim == 3 else seen
+        return self._places[kind]
+
+    def _rows(self, frames: Sequence[Tensor | None]) -> tuple[_Input, list[Row]]:
+        """`_place` for a frame or None of each stream."""
         if not self._apart:
             raise NotImplementedError(
                 f"FrameStream: the streams of {type(self.model).__name__} are all at the same frame: "
@@ -264,45 +286,43 @@ class FrameStream:
                 "FrameStream: frames must be a tensor, or a list with a tensor or None for each of "
                 f"{self.batch_size} streams, got {type(frames).__name__} of {len(frames)}"
             )
-        rows: list[Row] = [(i, self._as_buffer(frame.unsqueeze(0), frame, 1)[0]) for i, frame in given]
-        kinds = {(self._size(row), row.dtype == torch.uint8) for _, row in rows}
+        layouts = [self._layout(frame.unsqueeze(0), frame, 1) for _, frame in given]
+        kinds = {(size, frame.dtype == torch.uint8) for (size, _), (_, frame) in zip(layouts, given, strict=True)}
         if len(kinds) > 1:
             raise ValueError(
                 "FrameStream: the frames of one call must have one size and kind, got "
                 + ", ".join(f"{frame.dtype} {tuple(frame.shape)}" for _, frame in given)
             )
-        return rows, *(kinds.pop() if kinds else (self.model.config.img_size, True))
+        entry = self._input(*(kinds.pop() if kinds else (self.model.config.img_size, True)))
+        return entry, [(entry.seen(last)[i], frame) for (_, last), (i, frame) in zip(layouts, given, strict=True)]
 
-    def _as_buffer(self, x: Tensor, given: Tensor, streams: int) -> Tensor:
-        """(streams, ...) -> (streams, h, w, 3) uint8 or (streams, 3, h, w), a view; `given` is for the complaint."""
+    def _layout(self, x: Tensor, given: Tensor, streams: int) -> tuple[Size, bool]:
+        """(streams, ...) -> the (height, width) of its frames, whether channels come last; `given` is complained of."""
         channels, is_uint8 = self._channels, x.dtype == torch.uint8
-        if x.ndim == 4 and x.shape[1] != channels and x.shape[3] == channels:
-            x = x.permute(0, 3, 1, 2)
-        good = x.ndim == 4 and x.shape[:2] == (streams, channels) and (is_uint8 or x.is_floating_point())
-        if not good or not self._takes((x.shape[2], x.shape[3]), is_uint8):
+        last = x.ndim == 4 and x.shape[1] != channels and x.shape[3] == channels
+        good = x.ndim == 4 and (is_uint8 or x.is_floating_point())
+        good = good and (x.shape[0], x.shape[3 if last else 1]) == (streams, channels)
+        size = tuple(x.shape[1:3] if last else x.shape[2:4])
+        if not good or not self._takes(size, is_uint8):
             height, width = self.model.config.img_size
             lead = "" if streams == 1 else f"{streams}, "
-            size = "h, w" if self._any_size else f"{height}, {width}"
+            shape = "h, w" if self._any_size else f"{height}, {width}"
             raise ValueError(
-                f"FrameStream: a frame must be uint8 or normalised floating point ({lead}{channels}, {size}) or "
-                f"({lead}{size}, {channels}), got {given.dtype} {tuple(given.shape)}; uint8 frames of another size "
+                f"FrameStream: a frame must be uint8 or normalised floating point ({lead}{channels}, {shape}) or "
+                f"({lead}{shape}, {channels}), got {given.dtype} {tuple(given.shape)}; uint8 frames of another size "
                 "are resized inside if the stream is made with sizes=[(h, w)]"
             )
-        return x.permute(0, 2, 3, 1) if is_uint8 else x
+        return size, last
 
     def _takes(self, size: Size, is_uint8: bool) -> bool:
         return self._any_size or size == self.model.config.img_size or (*size, is_uint8) in self._inputs
-
-    @staticmethod
-    def _size(x: Tensor) -> Size:
-        return (x.shape[-3], x.shape[-2]) if x.dtype == torch.uint8 else (x.shape[-2], x.shape[-1])
 
     def _gaps(self, elapsed: int | Sequence[int] | None, active: list[bool]) -> list[int]:
         """Frames of each camera that are not here, between its last one and this."""
         if self.positions == "processed":
             if elapsed is not None:
                 raise ValueError("FrameStream: elapsed is counted by a stream made with positions='elapsed'")
-            return [0] * self.batch_size
+            return self._no_gaps
         counts = [elapsed] * self.batch_size if isinstance(elapsed, int) else elapsed
         if counts is None or len(counts) != self.batch_size or any(n < 1 for n, a in zip(counts, active) if a):
             raise ValueError(
@@ -447,18 +467,28 @@ class _Input:
     graph: torch.cuda.CUDAGraph | None = None
     pinned: _Pinned | None = None
 
+    def seen(self, channels_last: bool) -> Tensor:
+        """The buffer as (b, h, w, 3) or as (b, 3, h, w), whichever way it lies."""
+        if channels_last == (self.frames.dtype == torch.uint8):
+            return self.frames
+        return self.frames.permute(0, 2, 3, 1) if channels_last else self.frames.permute(0, 3, 1, 2)
+
     def fill(self, rows: list[Row]) -> None:
         """Nothing waits.  Pageable or strided host memory is copied to page-locked memory first, or the host would."""
         staged = []
-        for i, row in rows:
-            if not self.frames.is_cuda or row.is_cuda or (row.is_contiguous() and row.is_pinned()):
-                self.frames[i].copy_(row, non_blocking=True)
+        for place, frame in rows:
+            if frame is place:  # of `FrameStream.buffer`
+                continue
+            straight = frame.is_cuda or not self.frames.is_cuda
+            if straight or (frame.stride() == place.stride() and frame.is_pinned()):
+                place.copy_(frame, non_blocking=True)
             else:
-                staged.append((i, row))
+                staged.append((place, frame))
         if staged:
             self.pinned = self.pinned or _Pinned(self.frames)
             slot, copied = self.pinned.next()
-            for i, row in staged:
-                slot[i].copy_(row)
-                self.frames[i].copy_(slot[i], non_blocking=True)
+            for place, frame in staged:
+                row = slot.as_strided(place.shape, place.stride(), place.storage_offset())
+                row.copy_(frame)
+                place.copy_(row, non_blocking=True)
             copied.record()

@@ -379,6 +379,71 @@ def test_a_replay_finds_all_that_a_call_depends_on_in_buffers(model):
     assert eager.frames == graphed.frames == [9, 10] and eager.not_finite == graphed.not_finite == [1, 1]
 
 
+@pytest.mark.parametrize("streams", [1, 3])
+def test_every_layout_of_a_frame_is_the_same_frame(model, streams):
+    """As (h, w, 3), (3, h, w) and views of them, one kind after the other, in a batch and each by itself."""
+    camera, expected = FrameStream(model, streams, sizes=[(20, 30)]), FrameStream(model, streams)
+    for size in ((SIZE, SIZE), (20, 30)):
+        pictures = torch.stack([picture(i, *size) for i in range(streams)]).to(DEVICE)
+        first, whole = pictures.permute(0, 3, 1, 2), preprocess(pictures, SIZE)
+        kinds = [pictures, first, first.contiguous(), torch.cat((pictures, pictures), 2)[:, :, : size[1]]]
+        kinds += [pictures.cpu(), first.cpu().contiguous(), whole, whole.permute(0, 2, 3, 1)]
+        for _ in "ab":
+            for frames in kinds:
+                want = expected(whole)
+                given = [frames, list(frames)] if streams > 1 else [frames, frames[0], [frames[0]]]
+                before = camera.snapshot()
+                for one in given:
+                    camera.restore(before)
+                    torch.testing.assert_close(camera(one), want, rtol=0, atol=TOLERANCE)
+    with pytest.raises(ValueError, match="a frame must be uint8 or normalised floating point"):
+        camera(pictures[:, :, :-1])  # checked, though many like it were taken
+
+
+def test_a_frame_written_into_the_buffer_is_not_copied(model):
+    camera, other = FrameStream(model, 2, sizes=[(20, 30)]), FrameStream(model, 2, sizes=[(20, 30)])
+    camera.warm_up(), other.warm_up()
+    buffers = camera.buffer(), camera.buffer((20, 30))
+    for i in range(4):
+        for buffer in buffers:
+            assert buffer.dtype == torch.uint8 and buffer.device == camera.device
+            frames = torch.stack([picture(i, *buffer.shape[1:3]), picture(9 + i, *buffer.shape[1:3])])
+            buffer.copy_(frames)
+            with CountDispatched() as written:
+                answer = camera(buffer)
+            with CountDispatched() as copied:
+                assert torch.equal(answer, other(frames))
+            assert torch.equal(buffer.cpu(), frames)
+            assert copied.names["aten.copy_.default"] == 1 + written.names["aten.copy_.default"]
+    camera([None, buffers[0][1]]), other([None, buffers[0][1]])
+    assert all(same(row(camera.snapshot(), i), row(other.snapshot(), i)) for i in range(2))
+    assert camera.buffer((8, 8)).shape == (2, 8, 8, 3)
+    with pytest.raises(ValueError, match=r"a size must be \(height, width\) in pixels"):
+        camera.buffer((0, 4))
+
+
+@pytest.mark.parametrize("streams", [1, 16])
+def test_what_the_host_does_for_a_replayed_frame(model, streams):
+    """Beside the copy and the launch: some calls of Python's, as many for any number of streams."""
+
+    class Counts(Replays):
+        def _captured(self, entry):
+            return type("Graph", (), {"replay": lambda _: None})()
+
+    camera, frames, calls = Counts(model, streams), batch(*range(streams)).to(DEVICE), []
+    camera._answer = torch.empty(streams, 3)
+    camera.step(frames)
+    sys.setprofile(lambda frame, event, what: calls.append(event) if event in ("call", "c_call") else None)
+    try:
+        camera.step(frames)
+    finally:
+        sys.setprofile(None)
+    assert len(calls) <= 25
+    with CountDispatched() as counted:
+        camera.step(frames)
+    assert counted.names == {"aten.copy_.default": 1}
+
+
 @pytest.mark.parametrize("state", [16, 2], ids=["kernels", "other states"])
 def test_packed_weights_give_the_same_answers(state):
     """Up to the order of sums; with two states the kernels of a GPU do not take the model, which is said."""
