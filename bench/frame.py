@@ -2,12 +2,15 @@
 
     python -m bench frame --device cuda --frames 2000                         # bench/results/gpu_frame.json
     python -m bench frame --device cuda --frames 20000 --only resident,busy   # the tail
+    python -m bench frame --device cuda --only mp4,parallel                   # a whole film; the error over time
     python -m bench frame --quick                                             # this CPU, seconds; writes nothing
 
 A frame's time is the host's, from before the call until the device has finished it; the device's own, by events, is
 taken from other frames, so that neither clock is in the other.  Cases take turns of so many frames, after some that are
 not counted.  Accuracy comes first, against the fp64 parallel pass.  Kernels are counted, and timed for the budget, in a
-profile of one frame.  What is not there is listed with its reason.
+profile of one frame.  What is not there is listed with its reason.  Two kinds of cases are runs of their own, that
+take no turns: a film from its mp4 to the answers (`bench/film.py`), and a long stream beside the parallel pass
+(`bench/drift.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
-from bench import cases
+from bench import cases, drift, film
 from bench.run import HERE, Wrong, about, opened, save
 
 UNCOUNTED = 5  # frames at the start of a turn: the others' turns cost it its caches
@@ -89,12 +92,14 @@ def run(args: argparse.Namespace) -> None:
             print(f"{case.name:44} not measured: {why}", flush=True)
         else:
             ready.append(case)
-    measured(ready, device, args)
-    for case in ready:
-        row = {"case": case.name} | key | summary(case, device)
-        result["rows"].append(row)
-        print(line(row), flush=True)
+    measured([case for case in ready if isinstance(case, Case)], device, args)
     save(out, result)
+    for case in ready:
+        found = summary(case, device) if isinstance(case, Case) else case.measure() | {"error": case.off}
+        row = {"case": case.name} | key | found
+        result["rows"].append(row)
+        print(line(row) if isinstance(case, Case) else case.tell(row), flush=True)
+        save(out, result)
     if out:
         print(f"written to {out}")
 
@@ -106,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
 class Case:
     """make: -> the call, which starts a frame of every stream; error: of its answer, None where nothing tells.
 
-    busy: copies run beside it.  few: it is slow and gets a twentieth of the frames.
+    busy: copies run beside it.  few: it is slow and gets a twentieth of the frames.  slack: of the tolerance.
     """
 
     name: str
@@ -116,11 +121,25 @@ class Case:
     streams: int = 1
     busy: bool = False
     few: bool = False
+    slack: float = 1.0
     call: Callable[[], object] = print
     off: float = 0.0  # the error
     host_ms: list[float] = field(default_factory=list)
     device_ms: list[float] = field(default_factory=list)
     grown: int = 0
+
+
+@dataclass
+class Whole:
+    """A run that takes no turns: `measure` gives its row, `tell` makes a line of it.  The rest as in `Case`."""
+
+    name: str
+    measure: Callable[[], dict]
+    tell: Callable[[dict], str]
+    error: Callable[[], float]
+    why: str = ""
+    slack: float = 1.0
+    off: float = 0.0
 
 
 class Setting:
@@ -135,6 +154,7 @@ class Setting:
         self.options = Options(args.device, args.model, *frames)
         self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
         self._truths = {}
+        self.lengths = (12, 12, 24) if args.quick else (1000, 200, 2000)  # of the films, and of the long stream
 
     @cached_property
     def model(self):
@@ -147,6 +167,12 @@ class Setting:
         from bench.providers import Compiled, Graphed
 
         return Graphed(partial(Compiled, self.options))
+
+    @cached_property
+    def published(self):
+        from bench.providers import Graphed, Published
+
+        return Graphed(partial(Published, self.options))
 
     def picture(self, size: tuple[int, int], number: int = 0, pinned: bool = False):
         import torch
@@ -190,37 +216,59 @@ class Setting:
             return wide(clip.unsqueeze(0).double().to(self.args.device))[:, -1].cpu()
 
 
-def listed(setting: Setting) -> list[Case]:
+def listed(setting: Setting) -> list[Case | Whole]:
+    from bench import published
+
     own, large, many = setting.own, setting.large, setting.args.streams
     shown = f"{large[1]}x{large[0]}"
     no_gpu = "" if setting.gpu else "there is no GPU here"
     no_vit = "" if setting.args.dtype == "bf16" else "it is timed in bf16"
+    of_film, of_large, long = setting.lengths
 
     def ours(name: str, make: Callable, why: str = "", busy: bool = False, few: bool = False, **options) -> Case:
         streams = options.get("streams", 1)
         return Case(name, partial(make, setting, **options), partial(setting.error, **options), why, streams, busy, few)
 
+    def other(name: str, make: Callable, error: Callable, why: str = "") -> Case:
+        return Case(name, partial(make, setting), error, no_gpu or no_vit or why, slack=2.0)  # as in Options.tolerance
+
+    def whole(name: str, measure: Callable, tell: Callable, why: str, size=None) -> Whole:
+        return Whole(name, measure, tell, partial(setting.error, size=size), why)
+
     return [
         ours(f"resident {own[0]}", resident_call),
         ours(f"resident {own[0]}, copies busy", resident_call, no_gpu, busy=True),
+        ours(f"resident {own[0]} in the stream's buffer", partial(resident_call, copied=False)),
         ours(f"resident {shown}", resident_call, size=large),
+        ours(f"resident {shown} in the stream's buffer", partial(resident_call, copied=False), size=large),
         ours(f"pinned {shown} to host", host_call, no_gpu, size=large),
         ours(f"pinned {shown} to host, copies busy", host_call, no_gpu, busy=True, size=large),
         ours(f"pageable {shown} to host", partial(host_call, pinned=False), size=large),
         ours(f"pinned {own[0]} to host", host_call, no_gpu),
         ours(f"{many} streams resident {own[0]}", resident_call, streams=many),
         ours(f"eager resident {own[0]}", resident_call, no_gpu, few=True, graph=False),
-        Case("ViT/16 bf16, compiled, graph", partial(vit_call, setting), lambda: setting.vit.error(), no_gpu or no_vit),
-    ]
+        other("ViT/16 bf16, compiled, graph", vit_call, lambda: setting.vit.error()),
+        other(
+            "published kernels bf16, graph", published_call, lambda: setting.published.error(),
+            published.missing(state=True),
+        ),
+        whole(f"mp4 {own[0]}", partial(film.film, setting, own, of_film), film.told, film.missing()),
+        whole(f"mp4 {shown}", partial(film.film, setting, large, of_large), film.told, film.missing(), size=large),
+        whole(f"{long} frames by the fp32 parallel pass", partial(drift.drift, setting, long), drift.told, ""),
+    ]  # fmt: skip
 
 
-def resident_call(setting: Setting, streams: int = 1, size=None, graph: bool | None = None) -> Callable[[], object]:
-    """uint8 pictures on the device -> answers there."""
+def resident_call(
+    setting: Setting, streams: int = 1, size=None, graph: bool | None = None, copied: bool = True
+) -> Callable[[], object]:
+    """uint8 pictures on the device -> answers there.  copied: from memory of the caller's."""
     import torch
 
     camera = setting.stream(streams, size, graph)
     frames = torch.stack([setting.picture(size or setting.own, number) for number in range(streams)])
-    return partial(camera.step, frames.to(setting.args.device))
+    if copied:
+        return partial(camera.step, frames.to(setting.args.device))
+    return partial(camera.step, camera.buffer(size or setting.own).copy_(frames))
 
 
 def host_call(setting: Setting, size=None, pinned: bool = True) -> Callable[[], object]:
@@ -240,13 +288,22 @@ def vit_call(setting: Setting) -> Callable[[], object]:
         return setting.vit.prepare(1).call
 
 
-def made(case: Case, setting: Setting) -> str:
+def published_call(setting: Setting) -> Callable[[], object]:
+    """Our model by the kernels it was published with, from a normalised frame on the device."""
+    import torch
+
+    with torch.inference_mode():
+        return setting.published.prepare(1).call
+
+
+def made(case: Case | Whole, setting: Setting) -> str:
     """Makes the case ready -> why it gets no time."""
     if case.error is not None:
-        case.off, tolerance = case.error(), cases.TOLERANCE[setting.args.dtype]
+        case.off, tolerance = case.error(), case.slack * cases.TOLERANCE[setting.args.dtype]
         if not case.off <= tolerance:  # NaN is not
             return f"relative error {case.off:.1e}, allowed is {tolerance:.0e}: no time for a wrong result"
-    case.call = case.make()
+    if isinstance(case, Case):
+        case.call = case.make()
     return ""
 
 

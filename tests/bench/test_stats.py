@@ -10,6 +10,7 @@ import pytest
 
 from bench import pair, stats
 from bench.pair import Options
+from bench.stats import reach, trend
 
 
 class MadeUp:
@@ -121,3 +122,38 @@ def test_ratio_of_medians_by_hand_and_its_interval():
     assert ratio.middle == 5.0 / 2.5 and ratio.low <= ratio.middle <= ratio.high
     steady = stats.ratio_of_medians([2.0] * 9, [3.0] * 9, 0.05)
     assert (steady.low, steady.middle, steady.high) == (1.5, 1.5, 1.5)
+
+
+def noise(rho: float, n: int, seed: int) -> np.ndarray:
+    """Neighbours that hang together: rho of the one before, and something new."""
+    new, values = np.random.default_rng(seed).normal(size=n + 300), np.zeros(n + 300)
+    for i in range(1, len(values)):
+        values[i] = rho * values[i - 1] + new[i]
+    return values[300:]
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.95])
+def test_a_trend_that_is_not_there_is_seldom_found(rho):
+    """Of 40 series 2 are expected outside of the interval; least squares alone would call half of the second trends."""
+    found = [trend(noise(rho, 800, seed), resamples=300) for seed in range(40)]
+    assert sum(each.low <= 0 <= each.high for each in found) >= 33
+    assert all(each.low < each.middle < each.high for each in found)
+    plain = [
+        abs(each.middle) < 1.96 * noise(rho, 800, seed).std() * (12 / 800**3) ** 0.5 for seed, each in enumerate(found)
+    ]
+    assert sum(plain) >= 33 if rho == 0 else sum(plain) <= 25
+
+
+def test_a_trend_that_is_there_is_found():
+    line = 0.01 * np.arange(800)
+    for rho in (0.0, 0.9):
+        each = trend(noise(rho, 800, 7) + line)
+        assert 0 < each.low < 0.01 < each.high < 0.02
+    exact = trend(line)
+    assert exact.middle == pytest.approx(0.01) and exact.high - exact.low < 1e-9
+
+
+def test_how_far_neighbours_reach():
+    assert reach(noise(0.0, 4000, 1)) == pytest.approx(1, abs=0.3)
+    assert reach(noise(0.9, 4000, 1)) == pytest.approx(19, rel=0.3)
+    assert reach(np.ones(50)) == 1
