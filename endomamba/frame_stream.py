@@ -94,7 +94,7 @@ class FrameStream:
         self._gap = _Mailbox(self._no_gaps, torch.int64, self.device)
         self._not_finite = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         self._inputs: dict[tuple[int, int, bool], _Input] = {}
-        self._places: dict[tuple[torch.Size, torch.dtype], tuple[_Input, Tensor]] = {}  # see `_place`
+        self._kinds: dict[tuple[torch.Size, torch.dtype, bool], tuple[_Input, list[Tensor]]] = {}  # see `_places`
         self.prepare(model.config.img_size, *sizes)
 
     def _may_capture(self, graph: bool | None) -> bool:
@@ -144,7 +144,7 @@ class FrameStream:
         """
         start = time.perf_counter()
         if isinstance(frames, Tensor):
-            entry, place = self._place(frames)
+            entry, (place, *_) = self._places(frames, True)
             rows, active = [(place, frames)], self._all
         else:
             entry, rows = self._rows(frames)
@@ -261,20 +261,21 @@ class FrameStream:
         self._not_finite.copy_(counted)
         return graph
 
-    def _place(self, frames: Tensor) -> tuple[_Input, Tensor]:
-        """Where frames of all streams go: the buffer as it lies there, and seen in their layout.  What is asked of a
-        frame is in its shape and dtype, so each kind is checked and its view made once; ValueError."""
-        kind = (frames.shape, frames.dtype)
-        if kind not in self._places:
-            x = frames.unsqueeze(0) if frames.ndim == 3 else frames
-            size, last = self._layout(x, frames, self.batch_size)
+    def _places(self, frames: Tensor, whole: bool) -> tuple[_Input, list[Tensor]]:
+        """Where frames of all streams (whole), or those of single ones, go: the buffer seen in their layout, or its row
+        of each stream.  What is asked of a frame is in its shape and dtype, so each kind is checked once; ValueError.
+        """
+        kind = (frames.shape, frames.dtype, whole)
+        if kind not in self._kinds:
+            x = frames if whole and frames.ndim == 4 else frames.unsqueeze(0)
+            size, last = self._layout(x, frames, self.batch_size if whole else 1)
             entry = self._input(size, x.dtype == torch.uint8)
             seen = entry.seen(last)
-            self._places[kind] = entry, seen[0] if frames.ndim == 3 else seen
-        return self._places[kind]
+            self._kinds[kind] = entry, [seen] if x is frames else [seen[i] for i in range(self.batch_size)]
+        return self._kinds[kind]
 
     def _rows(self, frames: Sequence[Tensor | None]) -> tuple[_Input, list[Row]]:
-        """`_place` for a frame or None of each stream."""
+        """The same for a frame or None of each stream."""
         if not self._apart:
             raise NotImplementedError(
                 f"FrameStream: the streams of {type(self.model).__name__} are all at the same frame: "
@@ -286,15 +287,16 @@ class FrameStream:
                 "FrameStream: frames must be a tensor, or a list with a tensor or None for each of "
                 f"{self.batch_size} streams, got {type(frames).__name__} of {len(frames)}"
             )
-        layouts = [self._layout(frame.unsqueeze(0), frame, 1) for _, frame in given]
-        kinds = {(size, frame.dtype == torch.uint8) for (size, _), (_, frame) in zip(layouts, given, strict=True)}
-        if len(kinds) > 1:
+        found = [self._places(frame, False) for _, frame in given]
+        if not found:
+            return self._input(self.model.config.img_size, True), []
+        entry = found[0][0]
+        if any(other is not entry for other, _ in found):
             raise ValueError(
                 "FrameStream: the frames of one call must have one size and kind, got "
                 + ", ".join(f"{frame.dtype} {tuple(frame.shape)}" for _, frame in given)
             )
-        entry = self._input(*(kinds.pop() if kinds else (self.model.config.img_size, True)))
-        return entry, [(entry.seen(last)[i], frame) for (_, last), (i, frame) in zip(layouts, given, strict=True)]
+        return entry, [(places[i], frame) for (i, frame), (_, places) in zip(given, found, strict=True)]
 
     def _layout(self, x: Tensor, given: Tensor, streams: int) -> tuple[Size, bool]:
         """(streams, ...) -> the (height, width) of its frames, whether channels come last; `given` is complained of."""
