@@ -51,7 +51,7 @@ def answers(setting: Setting, frames: int) -> tuple[np.ndarray, ...]:
     camera, shown = setting.stream(), pictures(frames, setting.own, drawn)
     wide = copy.deepcopy(setting.model).float()
     streamed, parallel, state = [], [], wide.init_state(1)
-    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with torch.inference_mode():
         while window := list(islice(shown, WINDOW)):
             rgb = torch.stack(window).to(device)
             streamed += [camera(frame) for frame in rgb]

@@ -1,8 +1,9 @@
-"""Tables and plots of a result of `bench run` or `bench.bench_gpu`: markdown beside it, SVG there or in --plots.
+"""Tables and plots of a result of `run`, `frame` or `bench.bench_gpu`: markdown beside it, SVG there or in --plots.
 
     python -m bench report                                   # bench/results/cpu_run.json
     python -m bench report small.json --plots docs
     python -m bench report bench/results/h200_scan.json      # of bench.bench_gpu: shares of the bound, a roofline
+    python -m bench report bench/results/gpu_frame.json      # of bench frame: where a frame's microseconds go
 
 Latency per frame against frames seen, and time against tokens, each with the 5th and 95th percentile; the fastest of a
 column is bold, whoever it is; what was not measured is listed with its reason.
@@ -15,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-from bench import roofline
+from bench import frame_report, roofline
 from bench.svg import Line, chart
 
 DEFAULT = Path(__file__).parent / "results" / "cpu_run.json"
@@ -50,6 +51,11 @@ def main(args: argparse.Namespace) -> int:
     if not rows:
         print(f"report: {args.file} has no rows: nothing was measured", file=sys.stderr)
         return 2
+    if frame_report.is_one(result):
+        out = args.file.with_suffix(".md")
+        out.write_text(frame_report.table(args.file.name, result))
+        print(f"written to {out}")
+        return 0
     folder = args.plots or args.file.parent
     folder.mkdir(parents=True, exist_ok=True)
     if roofline.is_one(result):

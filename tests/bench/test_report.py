@@ -124,3 +124,55 @@ def test_roofline(tmp_path, capsys):
     assert "| 5.0 |" in table and "| 100% |" in table and table.count("| causal |") == 1
     drawn = (tmp_path / "scan_roofline.svg").read_text()
     assert drawn.count("<circle") > 2 and "ours, forward" in drawn and "bound, backward" in drawn
+
+
+KEY = {"model": "tiny", "dtype": "bf16", "backend": "auto"}
+FRAMES = {
+    "meta": RESULT["meta"] | {"device": {"name": "NVIDIA H200", "cpu": "some"}},
+    "commands": ["python -m bench frame"],
+    "missing": [{"case": "ViT/16", "why": "not now"} | KEY],
+    "rows": [
+        KEY | {
+            "case": "resident 224", "error": 1e-3, "launches": 3, "bytes_grown": 0, "frames_per_second": 2000.0,
+            "host": {"median": 0.5, "p99/p50": 1.04, "p99.9": 0.61, "max": 1.2, "frames": 20000},
+            "device": {"median": 0.48},
+            "budget": [
+                {"name": "Memcpy DtoD (Device -> Device)", "count": 1, "us": 1.5},
+                {"name": "void at::native::kernel<2, at::Add<long>, std::array<char*> >(int)", "count": 2, "us": 300.0},
+            ],
+        },
+        KEY | {
+            "case": "mp4 1920x1080", "frames_per_second": 210.0, "decode_frames_per_second": 215.0,
+            "model_frames_per_second": 800.0, "decoder_waited": 0.02, "limit": "decoder",
+        },
+        KEY | {
+            "case": "2000 frames by the fp32 parallel pass", "mean_error": 2e-3, "slope_per_1000_frames": -1e-5,
+            "interval_per_1000_frames": [-3e-5, 1e-5], "by_time": [1.8e-3, 2e-3, 2.1e-3],
+        },
+    ],
+}  # fmt: skip
+
+
+def test_frames(tmp_path):
+    file = tmp_path / "gpu_frame.json"
+    file.write_text(json.dumps(FRAMES))
+    assert main(["report", str(file)]) == 0
+    text = (tmp_path / "gpu_frame.md").read_text()
+    assert "| resident 224 | 0.500 | 1.04 | 0.610 | 1.200 | 20,000 | 0.480 | 2,000 | 3 | 0 | 1e-03 |" in text
+    assert "| mp4 1920x1080 | 210 | 215 | 800 | 2% | decoder |" in text
+    assert "| 2.00e-03 | -1.0e-05 | -3.0e-05 to +1.0e-05 | 1.80e-03 to 2.10e-03 |" in text
+    assert "302 us in sum" in text and text.index("| at::native::kernel | 2 | 300.0 | 150.00 |") < text.index(
+        "| Memcpy DtoD |"
+    )
+    assert "- ViT/16 (tiny, bf16): not now" in text
+    # 12 spatial layers both ways and 12 temporal ones; 14 x 14 patches and cls, 384 channels, 16 states
+    assert f"{36 * 197 * 384 * 16 / 1e6:.0f} million exponentials" in text and "to read 13 MB of weights" in text
+
+
+def test_frames_of_a_cpu(tmp_path):
+    rows = [row | ({"device": None} if "budget" in row else {}) for row in FRAMES["rows"]]
+    file = tmp_path / "cpu_frame.json"
+    file.write_text(json.dumps(FRAMES | {"rows": rows, "missing": [], "meta": RESULT["meta"]}))
+    assert main(["report", str(file)]) == 0
+    text = (tmp_path / "cpu_frame.md").read_text()
+    assert "| 20,000 | – | 2,000 |" in text and "in sum" not in text and "Not measured" not in text
