@@ -396,8 +396,10 @@ def test_every_layout_of_a_frame_is_the_same_frame(model, streams):
                 for one in given:
                     camera.restore(before)
                     torch.testing.assert_close(camera(one), want, rtol=0, atol=TOLERANCE)
-    with pytest.raises(ValueError, match="a frame must be uint8 or normalised floating point"):
-        camera(pictures[:, :, :-1])  # checked, though many like it were taken
+    refused = [pictures[:, :, :-1], [pictures] * streams, pictures[0] if streams > 1 else pictures[:0]]
+    for frames in refused:  # though many like them were taken
+        with pytest.raises(ValueError, match="a frame must be uint8 or normalised floating point"):
+            camera(frames)
 
 
 def test_a_frame_written_into_the_buffer_is_not_copied(model):
