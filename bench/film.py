@@ -26,8 +26,11 @@ def missing() -> str:
     return "" if importlib.util.find_spec("av") else "FFmpeg's Python package av is not installed"
 
 
-def pictures(count: int, size: tuple[int, int], drawn: int = DRAWN) -> Iterator[Tensor]:
-    """uint8 (h, w, 3) of the synthetic generator, each shifted by some pixels, so that none comes twice soon."""
+def pictures(count: int, size: tuple[int, int], drawn: int = DRAWN, smooth: bool = True) -> Iterator[Tensor]:
+    """uint8 (h, w, 3) of the synthetic generator, each shifted by some pixels, so that none comes twice soon.
+
+    smooth: as a film moves; else picture and shift are by chance, so that what is shown does not change with time.
+    """
     import torch
 
     from endomamba.preprocess import resize
@@ -36,9 +39,13 @@ def pictures(count: int, size: tuple[int, int], drawn: int = DRAWN) -> Iterator[
     side = max(32, min(size[0], size[1], 224))  # larger ones take seconds a picture
     video = SyntheticVideo("base", split="test", frames=drawn, size=side)
     few = [resize(torch.from_numpy(video[i][0]), size).contiguous() for i in range(drawn)]
+    generator = torch.Generator().manual_seed(0)
     for i in range(count):
         place = i % (2 * drawn - 2)
-        yield torch.roll(few[min(place, 2 * drawn - 2 - place)], (3 * i, 5 * i), (0, 1))
+        number, down, right = min(place, 2 * drawn - 2 - place), 3 * i, 5 * i
+        if not smooth:
+            number, down, right = (int(torch.randint(n, (), generator=generator)) for n in (drawn, *size))
+        yield torch.roll(few[number], (down, right), (0, 1))
 
 
 def film(setting: Setting, size: tuple[int, int], frames: int) -> dict:

@@ -73,11 +73,19 @@ def drifts(rows: list[dict]) -> str:
     cells = []
     for row in rows:
         if "by_time" in row:
-            low, high = row["interval_per_1000_frames"]
             first, last = row["by_time"][0], row["by_time"][-1]
-            values = [f"{row['mean_error']:.2e}", f"{row['slope_per_1000_frames']:+.1e}", f"{low:+.1e} to {high:+.1e}"]
-            cells.append([row["case"], *values, f"{first:.2e} to {last:.2e}"])
+            tenths = f"{first:.2e} to {last:.2e}"
+            cells.append([row["case"], f"{row['mean_error']:.2e}", *slope(row), tenths])
+            other = row["restarted"]
+            name = f"by how much more than a stream restarted every {other['every']} frames"
+            mean = f"{row['mean_error'] - other['mean_error']:.2e}"
+            cells.append([name, mean, *slope(row["beside_restarted"]), ""])
     return lines(columns, cells)
+
+
+def slope(found: dict) -> list[str]:
+    low, high = found["interval_per_1000_frames"]
+    return [f"{found['slope_per_1000_frames']:+.1e}", f"{low:+.1e} to {high:+.1e}"]
 
 
 def budget(rows: list[dict], device: str) -> str:

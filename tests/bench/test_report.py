@@ -148,6 +148,8 @@ FRAMES = {
         KEY | {
             "case": "2000 frames by the fp32 parallel pass", "mean_error": 2e-3, "slope_per_1000_frames": -1e-5,
             "interval_per_1000_frames": [-3e-5, 1e-5], "by_time": [1.8e-3, 2e-3, 2.1e-3],
+            "restarted": {"every": 40, "mean_error": 1.5e-3},
+            "beside_restarted": {"slope_per_1000_frames": 2e-6, "interval_per_1000_frames": [-1e-6, 4e-6]},
         },
     ],
 }  # fmt: skip
@@ -161,6 +163,10 @@ def test_frames(tmp_path):
     assert "| resident 224 | 0.500 | 1.04 | 0.610 | 1.200 | 20,000 | 0.480 | 2,000 | 3 | 0 | 1e-03 |" in text
     assert "| mp4 1920x1080 | 210 | 215 | 800 | 2% | decoder |" in text
     assert "| 2.00e-03 | -1.0e-05 | -3.0e-05 to +1.0e-05 | 1.80e-03 to 2.10e-03 |" in text
+    assert (
+        "| by how much more than a stream restarted every 40 frames | 5.00e-04 | +2.0e-06 | -1.0e-06 to +4.0e-06 |"
+        in text
+    )
     assert "302 us in sum" in text and text.index("| at::native::kernel | 2 | 300.0 | 150.00 |") < text.index(
         "| Memcpy DtoD |"
     )
