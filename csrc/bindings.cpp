@@ -54,7 +54,7 @@ View contiguous(int64_t address, std::initializer_list<int64_t> sizes) {
 
 // sizes: b, l, d, n, w, r.  sides: 8 addresses for each direction.
 void mixer_fwd(const std::array<int64_t, 6>& sizes, int dtype, int threads, double scale, bool log_A, const View& x,
-               const View& z, const std::array<int64_t, 3>& scratch, const View& conv_state, const View& ssm_state,
+               const View& z, int64_t y, const View& conv_state, const View& ssm_state,
                const View& final_conv_state, const View& final_ssm_state, const std::vector<int64_t>& sides) {
   MixerArgs a;
   a.b = sizes[0], a.l = sizes[1], a.d = sizes[2], a.n = sizes[3], a.w = sizes[4], a.r = sizes[5];
@@ -63,8 +63,7 @@ void mixer_fwd(const std::array<int64_t, 6>& sizes, int dtype, int threads, doub
   a.initial_conv_state = conv_state, a.initial_state = ssm_state;
   a.final_conv_state = final_conv_state, a.final_state = final_ssm_state;
   a.directions = int(sides.size()) / 8;
-  const int64_t elements = a.b * a.l * a.d, floats = projected_floats(a), bytes = dtype == 0 ? 4 : 2;
-  a.y = contiguous(scratch[0], {a.b, a.l, a.d});
+  a.y = contiguous(y, {a.b, a.l, a.d});
   for (int i = 0; i < a.directions; ++i) {
     MixerDirection& dir = a.dir[i];
     const int64_t* at = sides.data() + 8 * i;
@@ -76,13 +75,11 @@ void mixer_fwd(const std::array<int64_t, 6>& sizes, int dtype, int threads, doub
     dir.A = contiguous(at[5], {a.d, a.n});
     dir.D = contiguous(at[6], {a.d});
     dir.chunk_states = contiguous(at[7], {a.b, (a.l + kChunk - 1) / kChunk, a.d, a.n});
-    dir.u = contiguous(scratch[1] + i * elements * bytes, {a.b, a.l, a.d});
-    dir.projected = contiguous(scratch[2] + i * a.b * a.l * floats * 4, {a.b, a.l, floats});
   }
   kernels().mixer_fwd(a);
 }
 
-// sizes: b, m, c.  outputs: normed, new residual and the rows of stats, the mean's first.
+// sizes: b, m, c.  outputs: normed, new residual and the rows of stats, the mean's first; no stats (0): none written.
 void norm_fwd(const std::array<int64_t, 3>& sizes, int dtype, int threads, bool layer_norm, double eps, const View& x,
               const View& residual, const View& weight, const View& bias, const View& row_scale,
               const std::array<int64_t, 3>& outputs) {
@@ -92,8 +89,10 @@ void norm_fwd(const std::array<int64_t, 3>& sizes, int dtype, int threads, bool 
   a.x = x, a.residual = residual, a.weight = weight, a.bias = bias, a.row_scale = row_scale;
   a.normed = contiguous(outputs[0], {a.b, a.m, a.c});
   a.new_residual = contiguous(outputs[1], {a.b, a.m, a.c});
-  if (layer_norm) a.mean = contiguous(outputs[2], {a.b * a.m});
-  a.rstd = contiguous(outputs[2] + (layer_norm ? 4 * a.b * a.m : 0), {a.b * a.m});
+  if (outputs[2] != 0) {
+    if (layer_norm) a.mean = contiguous(outputs[2], {a.b * a.m});
+    a.rstd = contiguous(outputs[2] + (layer_norm ? 4 * a.b * a.m : 0), {a.b * a.m});
+  }
   kernels().norm_fwd(a);
 }
 

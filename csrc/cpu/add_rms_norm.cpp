@@ -90,10 +90,10 @@ void forward_row(const NormArgs& a, int64_t b, int64_t m, const float* weight, c
       second.chain[chain] = second.chain[chain] + r * r;
     });
     square = second.total();
-    *a.mean.at<float>(row) = mean;
+    if (a.mean) *a.mean.at<float>(row) = mean;
   }
   const float rstd = 1.0f / std::sqrt(square / float(c) + a.eps);
-  *a.rstd.at<float>(row) = rstd;
+  if (a.rstd) *a.rstd.at<float>(row) = rstd;
   const vf vmean = set1(mean), vrstd = set1(rstd);
   for_channels(c, [&](int64_t i, int lanes, int) __attribute__((always_inline)) {
     const vf r = (load_lanes(out + i, 1, lanes) - vmean) * vrstd;

@@ -18,7 +18,7 @@ struct NormArgs {
   View x, normed;  // (b,m,c) of dtype
   View residual, new_residual;  // (b,m,c) fp32
   View weight, bias, row_scale;  // (c,), (c,), (b,) fp32
-  View mean, rstd;  // (b * m,) fp32; mean for the layer norm only
+  View mean, rstd;  // (b * m,) fp32; mean for the layer norm only; the forward writes them where they are given
   // backward: every one may be absent
   View dnormed, dnew_residual, dx, dweight, dbias, dresidual, drow_scale;
 };

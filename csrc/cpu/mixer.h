@@ -12,9 +12,8 @@ struct MixerDirection {
   View conv_weight, conv_bias;  // (d,w), (d,)
   View x_proj, dt_proj;         // (r + 2n, d), (d,r)
   View dt_bias, A, D;           // (d,), (d,n), (d,)
-  View u;                       // (b,l,d) in the dtype of x, contiguous: scratch
-  View projected;               // (b,l,projected_floats) fp32, contiguous: scratch
   View chunk_states;            // (b,chunks,d,n) fp32, where a backward is to come: the state before each chunk
+  View u, projected;            // scratch, the kernel's own: (b,l,d) in the dtype of x, (b,l,projected_floats) fp32
 };
 
 struct MixerArgs {
@@ -28,8 +27,5 @@ struct MixerArgs {
   View initial_state, final_state;            // (b,d,n) fp32, likewise
   MixerDirection dir[2];
 };
-
-// A token's dt_low, B and C; the states padded to whole multiples of 4.
-inline int64_t projected_floats(const MixerArgs& a) { return a.r + 2 * ((a.n + 3) / 4 * 4); }
 
 }  // namespace endomamba

@@ -24,6 +24,9 @@ namespace {
 constexpr int64_t kTokens = 12;  // of one x_proj task
 constexpr int kTile = W == 16 ? 6 : W == 8 ? 3 : 3;  // tokens of a tile: with 4 columns the sums fit in registers
 
+// A token's dt_low, B and C; the states padded to whole multiples of 4.
+int64_t projected_floats(const MixerArgs& a) { return a.r + 2 * padded_states(a.n); }
+
 // --- x_proj ----------------------------------------------------------------------------------------------------------
 
 // The next kStep elements of a row for a dot product; which lane takes which does not matter, as long as both rows
@@ -248,9 +251,19 @@ ConvArgs conv_args(const MixerArgs& a) {
   return conv;
 }
 
+// (b, l, width), contiguous.
+View tokens(const MixerArgs& a, char* start, int64_t width) { return {start, {a.l * width, width, 1, 0}}; }
+
 }  // namespace
 
-void mixer_fwd(const MixerArgs& a) {
+void mixer_fwd(const MixerArgs& given) {
+  MixerArgs a = given;
+  const int64_t rows = a.b * a.l, floats = projected_floats(a), size = a.dtype == kFloat32 ? 4 : 2;
+  Scratch u(a.directions * ceil_div(rows * a.d * size, 4)), projected(a.directions * rows * floats);
+  for (int i = 0; i < a.directions; ++i) {
+    a.dir[i].u = tokens(a, reinterpret_cast<char*>(u.get() + i * ceil_div(rows * a.d * size, 4)), a.d);
+    a.dir[i].projected = tokens(a, reinterpret_cast<char*>(projected.get() + i * rows * floats), floats);
+  }
   conv_fwd(conv_args(a));
   const int64_t pieces = ceil_div(a.l, kTokens), blocks = ceil_div(a.d, kForwardBlock);
   const int threads = a.b * a.l * a.d * a.n < 200000 ? 1 : a.threads;

@@ -204,8 +204,8 @@ class EndoMamba(nn.Module):
         hidden, residual = self._embed_next(frames, state, normalisation), None
         for spatial in self.spatial_blocks:
             hidden, residual = spatial(hidden, residual)
-        for i, temporal in enumerate(self.temporal_blocks):
-            hidden, residual = temporal.step_(hidden, residual, state.conv[i], state.ssm[i])
+        for temporal, conv, ssm in zip(self.temporal_blocks, state.conv, state.ssm, strict=True):
+            hidden, residual = temporal.step_(hidden, residual, conv, ssm)
         state.frame.add_(hidden.shape[1])
         features, _ = self.norm_f(hidden, residual)
         return self.head(features)

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import frame_step, mixer_inner
-from ..ops.mixer_inner import native
-from ..ops.mixer_inner.compose import Linear, Side
+from ..ops.mixer_inner import Linear, Side, mixer_of_modules, runs_modules
 from .precision import KeepsFp32
+
+# A direction's parts in the order of the op.
+FORWARD = ("conv1d", "x_proj", "dt_proj", "A_log", "D")
+BACKWARD = ("conv1d_b", "x_proj_b", "dt_proj_b", "A_b_log", "D_b")
 
 
 class CausalMixer(KeepsFp32):
@@ -46,10 +49,10 @@ class CausalMixer(KeepsFp32):
 
     def step(self, u: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """-> (b, l, c), conv state (b, w - 1, d) and ssm state (b, d, n) after the last token, all differentiable."""
-        side = _held(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
-        if native.runs_modules(u, side, self.backend):
+        side = _held(self)
+        if runs_modules(u, side, self.backend):
             states = conv_state.clone(), ssm_state.clone()
-            return native.whole(u, *_linears(self, (side,)), states), *states
+            return mixer_of_modules(u, *_linears(self, side), states), *states
         return mixer_inner(
             u,
             *self.parameters_forward(),
@@ -61,9 +64,9 @@ class CausalMixer(KeepsFp32):
 
     def step_(self, u: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
         """`step` that overwrites both states; inference only."""
-        side = _held(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
-        if native.runs_modules(u, side, self.backend):
-            return native.whole(u, *_linears(self, (side,)), (conv_state, ssm_state))
+        side = _held(self)
+        if runs_modules(u, side, self.backend):
+            return mixer_of_modules(u, *_linears(self, side), (conv_state, ssm_state))
         y = frame_step(self.in_proj(u), conv_state, ssm_state, *self.parameters_forward(), backend=self.backend)
         return self.out_proj(y)
 
@@ -104,10 +107,10 @@ class BidirectionalMixer(KeepsFp32):
 
     def forward(self, u: Tensor) -> Tensor:
         """u: (b, l, c) -> (b, l, c)."""
-        side = _held(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
-        if native.runs_modules(u, side, self.backend):
-            side_b = _held(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
-            return native.whole(u, *_linears(self, (side, side_b)), (None, None))
+        side = _held(self)
+        if runs_modules(u, side, self.backend):
+            side_b = _held(self, BACKWARD)
+            return mixer_of_modules(u, *_linears(self, side, side_b), (None, None))
         directions = (*self.parameters_forward(), *self.parameters_backward())
         return mixer_inner(u, *directions, **_projections(self))[0]
 
@@ -118,14 +121,29 @@ def _direction(conv1d: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: 
     return conv1d.weight.squeeze(1), conv1d.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, A, D
 
 
-def _held(conv1d: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor) -> Side:
-    """The parameters of one direction as they are, for `native.whole`."""
-    return Side(conv1d.weight, conv1d.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, A_log, D)
+def _own(module: nn.Module, *names: str) -> list[Any]:
+    """Parameters of a module, None where it has no bias.  `module.name` takes four times as long, and a frame reads 600
+    of them; that is left to a name which something else provides, a parametrization for one."""
+    own = module._parameters
+    return [own[name] if name in own else getattr(module, name) for name in names]
 
 
-def _linears(mixer: CausalMixer | BidirectionalMixer, sides: tuple[Side, ...]) -> tuple[Any, ...]:
-    in_proj, out_proj = mixer.in_proj, mixer.out_proj
-    return Linear(in_proj.weight, in_proj.bias), sides, Linear(out_proj.weight, out_proj.bias)
+def _held(mixer: CausalMixer | BidirectionalMixer, names: tuple[str, ...] = FORWARD) -> Side:
+    """The parameters of one direction as they are, for `mixer_of_modules`."""
+    parts = mixer._modules
+    conv1d, x_proj, dt_proj, A_log, D = names
+    return Side(
+        *_own(parts[conv1d], "weight", "bias"),
+        *_own(parts[x_proj], "weight"),
+        *_own(parts[dt_proj], "weight", "bias"),
+        *_own(mixer, A_log, D),
+    )
+
+
+def _linears(mixer: CausalMixer | BidirectionalMixer, *sides: Side) -> tuple[Linear, tuple[Side, ...], Linear]:
+    parts = mixer._modules
+    ends = [Linear(*_own(parts[name], "weight", "bias")) for name in ("in_proj", "out_proj")]
+    return ends[0], sides, ends[1]
 
 
 def _projections(mixer: CausalMixer | BidirectionalMixer) -> dict[str, Any]:

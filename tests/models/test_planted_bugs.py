@@ -37,9 +37,9 @@ def frame_step_without(index):
     return forgetful
 
 
-def whole_without(index):
+def mixer_of_modules_without(index):
     """The same for what stands for frame_step in eager inference on a CPU: states are its last argument."""
-    original = mixer.native.whole
+    original = mixer.mixer_of_modules
 
     def forgetful(*args):
         state = args[-1][index]
@@ -52,12 +52,12 @@ def whole_without(index):
 
 def plant_conv_state_dropped_in_place(monkeypatch):
     monkeypatch.setattr(mixer, "frame_step", frame_step_without(1))
-    monkeypatch.setattr(mixer.native, "whole", whole_without(0))
+    monkeypatch.setattr(mixer, "mixer_of_modules", mixer_of_modules_without(0))
 
 
 def plant_ssm_state_dropped_in_place(monkeypatch):
     monkeypatch.setattr(mixer, "frame_step", frame_step_without(2))
-    monkeypatch.setattr(mixer.native, "whole", whole_without(1))
+    monkeypatch.setattr(mixer, "mixer_of_modules", mixer_of_modules_without(1))
 
 
 PLANTS = [

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._backend import direct
 from .._checks import check_device, check_float, check_plan, check_shape, full_precision
+from .native import norm_of_block, runs_block
 from .op import add_norm_op
 
 
@@ -27,6 +28,14 @@ def add_rms_norm(
     x: (b, ..., c) in any strides, residual alike (None: zero), weight: (c,), row_scale: (b,), one factor for a row of
     the batch (DropPath; None: one).  Returns normed in x's dtype and the new residual, from which it is made, in fp32.
     """
+    if (
+        row_scale is None
+        and eps >= 0
+        and plan == "auto"
+        and backend in ("auto", "cpu")
+        and runs_block(x, weight, residual)
+    ):
+        return norm_of_block(x, weight, residual, eps)
     return _add_norm("add_rms_norm", x, weight, None, residual, row_scale, eps, False, plan, backend)
 
 

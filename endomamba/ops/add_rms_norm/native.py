@@ -7,10 +7,11 @@ from math import prod
 import torch
 from torch import Tensor
 
+from .._backend import undisturbed
 from .._extension import C as _C
 from .._native import DTYPES, unsupported, view
 
-__all__ = ["add_norm_bwd", "add_norm_fwd", "unsupported"]
+__all__ = ["add_norm_bwd", "add_norm_fwd", "norm_of_block", "runs_block", "unsupported"]
 
 
 def _rows(tensor: Tensor | None, shape: tuple[int, int, int]) -> Tensor | None:
@@ -43,16 +44,21 @@ def _shape(x: Tensor) -> tuple[int, int, int]:
 
 
 def add_norm_fwd(x, weight, bias, residual, row_scale, eps, layer_norm):
+    stats = weight.new_empty(1 + layer_norm, prod(x.shape[:-1]))
+    return *_forward(x, weight, bias, residual, row_scale, eps, layer_norm, stats.data_ptr()), stats
+
+
+def _forward(x, weight, bias, residual, row_scale, eps, layer_norm, stats: int) -> tuple[Tensor, Tensor]:
+    """-> normed and the new residual.  stats: where they go, 0: nowhere."""
     shape = _shape(x)
-    normed, new_residual = x.new_empty(x.shape), weight.new_empty(x.shape)
-    stats = weight.new_empty(1 + layer_norm, shape[0] * shape[1])
+    normed, new_residual = x.new_empty(*x.shape), weight.new_empty(*x.shape)  # sizes as numbers: half as long
     rows, residual_rows = ((t if t is None or t.is_contiguous() else _rows(t, shape)) for t in (x, residual))
     _C.norm_fwd(
         shape, DTYPES[x.dtype], torch.get_num_threads(), layer_norm, eps,
         _rows_view(rows, shape), _rows_view(residual_rows, shape), view(weight), view(bias), view(row_scale),
-        (normed.data_ptr(), new_residual.data_ptr(), stats.data_ptr()),
+        (normed.data_ptr(), new_residual.data_ptr(), stats),
     )  # fmt: skip
-    return normed, new_residual, stats
+    return normed, new_residual
 
 
 def add_norm_bwd(
@@ -76,3 +82,27 @@ def add_norm_bwd(
         args.drow_scale = view(drow_scale)
     _C.norm_bwd(args)
     return dx, dweight, dbias, dresidual, drow_scale
+
+
+# --- between the blocks of a frame, in eager inference ---------------------------------------------------------------
+# The checks of the op and its way through the dispatcher take longer than the kernel needs for a frame.
+
+
+def runs_block(x: Tensor, weight: Tensor, residual: Tensor | None) -> bool:
+    """Whether `norm_of_block` may stand for the op here: on a CPU, with nobody looking at the dispatcher."""
+    return (
+        undisturbed()  # first: Dynamo need not trace the rest
+        and _C is not None
+        and x.is_cpu
+        and x.dtype in DTYPES
+        and x.ndim >= 2
+        and weight.is_cpu
+        and weight.dtype == torch.float32
+        and weight.shape == x.shape[-1:]
+        and (residual is None or (residual.is_cpu and residual.dtype == torch.float32 and residual.shape == x.shape))
+    )
+
+
+def norm_of_block(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm` of what `runs_block` takes."""
+    return _forward(x, weight, None, residual, None, eps, False, 0)

@@ -13,7 +13,7 @@ from .._scan import chunk_states_shape, empty
 from . import compose
 from .compose import IDENTITY, Linear, Side, Walk
 
-__all__ = ["fwd", "runs_modules", "step", "unsupported", "whole"]
+__all__ = ["fwd", "mixer_of_modules", "runs_modules", "step", "unsupported"]
 
 
 def _run(
@@ -25,23 +25,21 @@ def _run(
     chunks: tuple[Tensor | None, ...] = (None, None),
     log_A: bool = False,
 ) -> Tensor:
-    """-> y (b, l, d).  States: conv (b, w - 1, d) and ssm (b, d, n), fp32; the final ones are written, in place of the
+    """-> y (b, l, d).  The conv weight may be (d, 1, w).  States: conv (b, w - 1, d) and ssm (b, d, n), fp32; the final ones are written, in place of the
     initial ones where they are the same tensors.  chunks: of each side, gets the states that a backward reads.
     log_A: A is log(-A)."""
     dtype, (b, l, _) = xz.dtype, xz.shape
-    side = sides[0]
-    (d, n), w, r = side.A.shape, side.conv_weight.shape[1], side.dt_proj_weight.shape[1]
+    (d, n), w, r = sides[0].A.shape, sides[0].conv_weight.shape[-1], sides[0].dt_proj_weight.shape[1]
     y = xz.new_empty(b, l, d)
-    u = xz.new_empty(len(sides), b, l, d)
-    projected = xz.new_empty(len(sides), b, l, r + 2 * (-(-n // 4) * 4), dtype=torch.float32)
     start, *strides = view(xz)
     # What the kernel reads must live until it has returned.
     kept = [t for side, to in zip(sides, chunks, strict=False) for t in (*_in_dtype(side, dtype), to)]
     kept = [t if t is None or t.is_contiguous() else t.contiguous() for t in kept]
+    initial = tuple(map(view, states))
     _C.mixer_fwd(
         (b, l, d, n, w, r), DTYPES[dtype], torch.get_num_threads(), scale, log_A,
-        (start, *strides), (start + d * strides[2] * xz.element_size(), *strides),
-        (y.data_ptr(), u.data_ptr(), projected.data_ptr()), *map(view, (*states, *finals)),
+        (start, *strides), (start + d * strides[2] * xz.element_size(), *strides), y.data_ptr(),
+        *initial, *(initial if finals is states else map(view, finals)),
         [0 if t is None else t.data_ptr() for t in kept],
     )  # fmt: skip
     return y
@@ -99,7 +97,7 @@ def step(xz: Tensor, side: Side, conv_state: Tensor, ssm_state: Tensor) -> Tenso
 
 
 def runs_modules(u: Tensor, side: Side, backend: str) -> bool:
-    """Whether `whole` may stand for the ops here: on a CPU, with nobody looking at the dispatcher."""
+    """Whether `mixer_of_modules` may stand for the ops here: on a CPU, with nobody looking at the dispatcher."""
     return (
         u.device.type == "cpu"
         and backend in ("auto", "cpu")
@@ -111,13 +109,11 @@ def runs_modules(u: Tensor, side: Side, backend: str) -> bool:
     )
 
 
-def whole(
+def mixer_of_modules(
     u: Tensor, in_proj: Linear, sides: tuple[Side, ...], out_proj: Linear, states: tuple[Tensor | None, Tensor | None]
 ) -> Tensor:
     """A mixer from in_proj's input to out_proj's output; the states are overwritten.
 
     sides: as the modules hold them, the conv weight (d, 1, w), and A_log for A.
     """
-    xz = F.linear(u, *in_proj)
-    sides = tuple(side._replace(conv_weight=side.conv_weight.squeeze(1)) for side in sides)
-    return F.linear(_run(xz, sides, 1.0, states, states, log_A=True), *out_proj)
+    return F.linear(_run(F.linear(u, *in_proj), sides, 1.0, states, states, log_A=True), *out_proj)
