@@ -54,8 +54,8 @@ View contiguous(int64_t address, std::initializer_list<int64_t> sizes) {
 
 // sizes: b, l, d, n, w, r.  sides: 8 addresses for each direction.
 void mixer_fwd(const std::array<int64_t, 6>& sizes, int dtype, int threads, double scale, bool log_A, const View& x,
-               const View& z, int64_t y, const View& conv_state, const View& ssm_state,
-               const View& final_conv_state, const View& final_ssm_state, const std::vector<int64_t>& sides) {
+               const View& z, int64_t y, const View& conv_state, const View& ssm_state, const View& final_conv_state,
+               const View& final_ssm_state, const std::vector<int64_t>& sides) {
   MixerArgs a;
   a.b = sizes[0], a.l = sizes[1], a.d = sizes[2], a.n = sizes[3], a.w = sizes[4], a.r = sizes[5];
   a.dtype = dtype, a.threads = threads, a.scale = float(scale), a.log_A = log_A;

@@ -5,9 +5,10 @@
 //   x_proj 12 tokens  dt_low, B, C = x_proj u, as dot products along d: weights are read where they lie
 //   scan   32 channels, chunks of 64 tokens; dt = dt_proj dt_low + bias is made where it is used, in the chunk
 // Traffic, in elements of b*l*d: x 1, u 1 + 2 for each direction, z 1, y 1.  dt never exists in memory.
-// Numerics: u has the dtype of x, as one activation of the model; dt, B, C and all after it are fp32.  Each dot product
-// is one chain along d for W lanes, whatever the tile, so that a row's bits depend on its own inputs and on the
-// instruction set only: not on b, on the tiling or on the threads.
+// Numerics: u has the dtype of x, as one activation of the model; dt, B, C and all after it are fp32, the decays of an
+// x of 16 bits by exp2<kHalf>.  Each dot product is one chain along d for W lanes, whatever the tile, so that a row's
+// bits depend on its own inputs and on the instruction set only: not on b, on the tiling or on the threads.
+// Memory between the loops is the calling thread's own and is kept from call to call: it lies in its cache.
 #include <type_traits>
 
 #include "causal_conv1d.h"
@@ -141,7 +142,7 @@ struct Steps {
         step(reverse ? -1 : 1) {}
 };
 
-// dt_proj of TOKENS tokens from `i` on, W channels: weight is [r][W].
+// dt_proj of TOKENS tokens, before the softplus, W channels: weight is [r][W].
 template <int TOKENS>
 ENDOMAMBA_INLINE void dt_rows(const float* low, int64_t stride, const float* weight, int64_t r, vf bias, float* out) {
   vf sums[TOKENS];
@@ -153,7 +154,15 @@ ENDOMAMBA_INLINE void dt_rows(const float* low, int64_t stride, const float* wei
     for (int t = 0; t < TOKENS; ++t) sums[t] += set1(low[t * stride + j]) * w;
   }
 #pragma GCC unroll 8
-  for (int t = 0; t < TOKENS; ++t) store(out + t * W, softplus(sums[t]));
+  for (int t = 0; t < TOKENS; ++t) store(out + t * W, sums[t]);
+}
+
+// The rows of W lanes, `count` adjacent elements each, as [element][W]; missing lanes are zero.
+template <class T>
+void load_columns(const T* base, int64_t stride, int64_t count, int lanes, float* out) {
+  if (lanes < W) std::memset(out, 0, count * W * sizeof(float));
+  for (int lane = 0; lane < lanes; ++lane)
+    for (int64_t j = 0; j < count; ++j) out[j * W + lane] = to_float(base[lane * stride + j]);
 }
 
 struct Rows {  // of a chunk, [token][W]
@@ -183,8 +192,7 @@ void scan_task(const MixerArgs& a, int64_t row, int64_t first) {
         load_states(a.initial_state.at<float>(row, channel), a.initial_state, 1, a.n, lanes, 1.0f, state);
       else
         std::memset(state, 0, states * W * sizeof(float));
-      for (int64_t j = 0; j < a.r; ++j)
-        store(dt_weight + j * W, load_lanes(dir.dt_proj.at<T>(channel, j), dir.dt_proj.s[0], lanes));
+      load_columns(dir.dt_proj.at<T>(channel), dir.dt_proj.s[0], a.r, lanes, dt_weight);
     }
     for (int64_t k = 0; k < ceil_div(a.l, kChunk); ++k) {
       const Steps steps(a.l, k, reverse);
@@ -210,10 +218,13 @@ void scan_task(const MixerArgs& a, int64_t row, int64_t first) {
         const int64_t total_step = steps.step * blocks * W;
         for (i = 0; i < steps.size; ++i) {
           const vf u = load_lanes(dir.u.at<T>(row, steps.first + i * steps.step, channel), 1, lanes);
-          store(rows.dtx + i * W, load(rows.dt + i * W) * u);
+          const vf dt = softplus(load(rows.dt + i * W));
+          store(rows.dt + i * W, dt);
+          store(rows.dtx + i * W, dt * u);
           store(rows.y + i * W, direction == 1 ? D * u + load(totals + i * total_step) : D * u);
         }
-        scan_chunk<false>(steps.size, states, A, state, rows.dt, rows.dtx, B, C, rows.y, nullptr, nullptr);
+        scan_chunk<false, !std::is_same_v<T, float>>(steps.size, states, A, state, rows.dt, rows.dtx, B, C, rows.y,
+                                                     nullptr, nullptr);
         if (!last) {
           for (i = 0; i < steps.size; ++i) store(totals + i * total_step, load(rows.y + i * W));
           continue;

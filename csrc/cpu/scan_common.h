@@ -179,8 +179,8 @@ static inline void store_states(float* base, const View& view, int channel_axis,
 }
 
 // One step for NS states, which live in registers for the whole chunk: h = 2^(dt A) h + dt x B, y += <C, h>.
-// kHistory (backward): keeps the decay and h of every step, both [token][states][W].
-template <int NS, bool kLanesB, bool kLanesC, bool kHistory>
+// kHistory (backward): keeps the decay and h of every step, both [token][states][W].  kHalf: see exp2.
+template <int NS, bool kLanesB, bool kLanesC, bool kHistory, bool kHalf>
 static void scan_states(int64_t tokens, int64_t states, const float* A, float* h, const float* dt, const float* dtx,
                         const Operand& B, const Operand& C, int64_t first, float* y, float* decay, float* history) {
   constexpr int kStepB = kLanesB ? W : 1, kStepC = kLanesC ? W : 1;
@@ -196,7 +196,7 @@ static void scan_states(int64_t tokens, int64_t states, const float* A, float* h
     for (int s = 0; s < NS; ++s) {
       const vf b_s = kLanesB ? load(b + s * kStepB) : set1(b[s]);
       const vf c_s = kLanesC ? load(c + s * kStepC) : set1(c[s]);
-      const vf a_s = exp2(dt_t * load(A + s * W));
+      const vf a_s = exp2<kHalf>(dt_t * load(A + s * W));
       state[s] = a_s * state[s] + dtx_t * b_s;
       sum[s & 1] += state[s] * c_s;
       if constexpr (kHistory) {
@@ -225,18 +225,18 @@ static inline void with_layout(const Operand& B, const Operand& C, const F& f) {
 }
 
 // All states of W channels over a chunk.
-template <bool kHistory>
+template <bool kHistory, bool kHalf = false>
 static void scan_chunk(int64_t tokens, int64_t states, const float* A, float* h, const float* dt, const float* dtx,
                        const Operand& B, const Operand& C, float* y, float* decay, float* history) {
   with_layout(B, C, [&](auto lanes_b, auto lanes_c) {
     constexpr bool kB = decltype(lanes_b)::value, kC = decltype(lanes_c)::value;
     int64_t s = 0;
     for (; s + kStates <= states; s += kStates)
-      scan_states<kStates, kB, kC, kHistory>(tokens, states, A + s * W, h + s * W, dt, dtx, B, C, s, y, decay + s * W,
-                                             history + s * W);
+      scan_states<kStates, kB, kC, kHistory, kHalf>(tokens, states, A + s * W, h + s * W, dt, dtx, B, C, s, y,
+                                                    decay + s * W, history + s * W);
     for (; s < states; s += 4)
-      scan_states<4, kB, kC, kHistory>(tokens, states, A + s * W, h + s * W, dt, dtx, B, C, s, y, decay + s * W,
-                                       history + s * W);
+      scan_states<4, kB, kC, kHistory, kHalf>(tokens, states, A + s * W, h + s * W, dt, dtx, B, C, s, y, decay + s * W,
+                                              history + s * W);
   });
 }
 

@@ -122,8 +122,11 @@ def _direction(conv1d: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: 
 
 
 def _own(module: nn.Module, *names: str) -> list[Any]:
-    """Parameters of a module, None where it has no bias.  `module.name` takes four times as long, and a frame reads 600
-    of them; that is left to a name which something else provides, a parametrization for one."""
+    """Parameters of a module, None where it has no bias.
+
+    `module.name` takes four times as long and a frame reads 400 of them; it is left to what provides a name in another
+    way, such as a parametrization.
+    """
     own = module._parameters
     return [own[name] if name in own else getattr(module, name) for name in names]
 

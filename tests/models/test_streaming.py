@@ -1,11 +1,13 @@
 """A video in pieces equals the video at once: any split, gradients, rows at different frames, very long streams."""
 
+import copy
 import math
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
 
 from endomamba.models import StreamState
 from endomamba.ops.frame_embed import temporal_positions
@@ -350,3 +352,39 @@ def test_a_changed_weight_is_seen_by_the_next_frame(backend):
             with torch.no_grad():
                 p.mul_(1.5)
         assert not torch.equal(frame(), before), name
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("part", ["in_proj", "x_proj", "dt_proj", "out_proj", "conv1d", "A_log", "D"])
+@pytest.mark.parametrize("block", [0, -1], ids=["spatial", "temporal"])
+def test_a_replaced_part_is_the_one_that_runs(part, block, backend):
+    """Another module or parameter in the place of a mixer's own, and then a parametrization of it."""
+    model = long_memory(backend=backend)
+    video, mixer = make_video(model, b=1, t=1), model.layers[block].mixer
+
+    def frame():
+        with torch.no_grad():
+            expected = model.step(video, model.init_state(1))[0]  # by the ops, which get what `mixer.part.weight` gives
+        with torch.inference_mode():
+            got = model.step_(video, model.init_state(1))
+        assert_close(part, got, expected, 2e-6)
+        return got
+
+    before = frame()
+    if part in ("A_log", "D"):
+        setattr(mixer, part, torch.nn.Parameter(getattr(mixer, part).detach() + 0.5))
+        owner, name = mixer, part
+    else:
+        other = copy.deepcopy(getattr(mixer, part))
+        other.weight = torch.nn.Parameter(1.5 * other.weight.detach())
+        setattr(mixer, part, other)
+        owner, name = other, "weight"
+    replaced = frame()
+    assert not torch.equal(replaced, before)
+    torch.nn.utils.parametrize.register_parametrization(owner, name, Doubled())
+    assert not torch.equal(frame(), replaced)

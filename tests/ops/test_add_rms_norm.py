@@ -418,6 +418,22 @@ def test_flops():
     assert count.get_total_flops() == 20 * 80
 
 
+@backends
+@pytest.mark.parametrize("shape", [(3, 21), (2, 5, 48), (0, 48), (1, 2, 3, 21)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inference_changes_no_bit(dtype, shape, backend):
+    """In inference mode a CPU goes past the checks and the dispatcher."""
+    random = Random(5)
+    x, residual, weight = random.randn(*shape).to(DTYPES[dtype]), random.randn(*shape), random.randn(shape[-1])
+    for added in (x, x.mT.contiguous().mT):
+        for before in (None, residual, residual.mT.contiguous().mT, residual.bfloat16()):
+            expected = add_rms_norm(added, weight, before, backend=backend)
+            with torch.inference_mode():
+                got = add_rms_norm(added, weight, before, backend=backend)
+            for one, other in zip(got, expected, strict=True):
+                assert one.dtype == other.dtype and torch.equal(one, other)
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [
@@ -438,8 +454,9 @@ def test_flops():
     ],
 )
 def test_bad_inputs(change, error, message):
-    with pytest.raises(error, match=message):
-        add_rms_norm(**{"x": torch.zeros(2, 5, 48), "weight": torch.ones(48), **change})
+    for inference in (False, True):  # where a CPU has a way without the op
+        with torch.inference_mode(inference), pytest.raises(error, match=message):
+            add_rms_norm(**{"x": torch.zeros(2, 5, 48), "weight": torch.ones(48), **change})
     if "x" not in change and "residual" not in change:
         with pytest.raises(error, match=message):
             add_layer_norm(**{"x": torch.zeros(2, 5, 48), "weight": torch.ones(48), "bias": None, **change})

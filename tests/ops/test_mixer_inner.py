@@ -503,6 +503,31 @@ def test_every_instruction_set(name, dtype, level, backend):
 
 
 @on.native("mixer_inner")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", C.levels() if C else [])
+def test_a_decay_is_off_by_a_millionth_of_dt_and_in_half_precision_by_1_5e_5(name, dtype, level, backend):
+    """With u = 0 a state of one decays to exp(dt A) and nothing else; slow decays must not add up an error of their
+    own, so that log(state) / (dt A) is what counts."""
+    level(name)
+    d, n, dtype = 48, 16, on.DTYPES[dtype]
+    dt = torch.logspace(-4, 0.5, d, dtype=torch.float64)
+    A = -torch.linspace(0.3, 25.0, d * n, dtype=torch.float64).view(n, d).T.float()
+    zeros = [torch.zeros(shape) for shape in ((d, 4), (d,), (2 + 2 * n, d), (d, 2))]
+    states = torch.zeros(1, 3, d), torch.ones(1, d, n)
+    bias = torch.log(torch.expm1(dt)).float()
+    xz = torch.zeros(1, 1, 2 * d, dtype=dtype)
+    *_, ssm = mixer_inner(
+        xz, *zeros, bias, A, None, initial_conv_state=states[0], initial_ssm_state=states[1],
+        return_final_state=True, backend=backend,
+    )  # fmt: skip
+    exponent = torch.log1p(torch.exp(bias.double())).unsqueeze(1) * A.double()
+    error = (ssm[0].double() - exponent.exp()).abs() / exponent.exp()
+    rounding = 2e-7 + 2e-7 * exponent.abs()  # of the state itself; of dt, log2(e) A and their product
+    allowed = rounding + (0.0 if dtype == torch.float32 else 1.5e-5) * exponent.abs()
+    assert (error <= allowed).all(), f"off by {(error / allowed).max():.2f} of what is allowed"
+
+
+@on.native("mixer_inner")
 def test_threads_and_batch_change_no_bit(backend):
     d, n, l = 96, 16, 197
     p, p_b = parameters(d, n, 6), parameters(d, n, 6, seed=3)

@@ -25,9 +25,11 @@ def _run(
     chunks: tuple[Tensor | None, ...] = (None, None),
     log_A: bool = False,
 ) -> Tensor:
-    """-> y (b, l, d).  The conv weight may be (d, 1, w).  States: conv (b, w - 1, d) and ssm (b, d, n), fp32; the final ones are written, in place of the
-    initial ones where they are the same tensors.  chunks: of each side, gets the states that a backward reads.
-    log_A: A is log(-A)."""
+    """-> y (b, l, d).  The conv weight may be (d, 1, w); log_A: A is log(-A).
+
+    States: conv (b, w - 1, d) and ssm (b, d, n), fp32; the final ones are written, in place of the initial ones where
+    they are the same tensors.  chunks: of each side, gets the states that a backward reads.
+    """
     dtype, (b, l, _) = xz.dtype, xz.shape
     (d, n), w, r = sides[0].A.shape, sides[0].conv_weight.shape[-1], sides[0].dt_proj_weight.shape[1]
     y = xz.new_empty(b, l, d)
