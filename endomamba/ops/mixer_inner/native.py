@@ -95,7 +95,7 @@ def step(xz: Tensor, side: Side, conv_state: Tensor, ssm_state: Tensor) -> Tenso
 
 
 # --- a mixer's own parameters, in eager inference --------------------------------------------------------------------
-# What a module made needs no check of its shapes, and -exp(A_log) no tensor: with both a small frame waits for Python.
+# The op's checks and a tensor for -exp(A_log) take longer than Python may for a small frame: sizes are compared, no more.
 
 
 def runs_modules(u: Tensor, side: Side, backend: str) -> bool:
@@ -118,4 +118,19 @@ def mixer_of_modules(
 
     sides: as the modules hold them, the conv weight (d, 1, w), and A_log for A.
     """
-    return F.linear(_run(F.linear(u, *in_proj), sides, 1.0, states, states, log_A=True), *out_proj)
+    xz = F.linear(u, *in_proj)
+    for side in sides:
+        _check_sizes(xz, side)
+    return F.linear(_run(xz, sides, 1.0, states, states, log_A=True), *out_proj)
+
+
+def _check_sizes(xz: Tensor, side: Side) -> None:
+    """The kernel reads what A and dt_proj say; a parameter that was replaced by one of another size: ValueError."""
+    (d, n), r, conv = side.A.shape, side.dt_proj_weight.shape[-1], side.conv_weight
+    expected = (2 * d, d * conv.shape[-1], d, (r + 2 * n) * d, d * r, d, d)
+    rest = (side.conv_bias, side.x_proj_weight, side.dt_proj_weight, side.dt_bias, side.D)
+    found = (xz.shape[-1], conv.numel(), *(0 if t is None else t.numel() for t in rest))
+    if found != expected:
+        names = ("channels of in_proj", *(name for name in Side._fields if name != "A"))
+        wrong = ", ".join(f"{e} {name}, got {f}" for name, e, f in zip(names, expected, found, strict=True) if e != f)
+        raise ValueError(f"mixer_inner: with A of {d} x {n} and a dt rank of {r} there must be {wrong}")
