@@ -359,6 +359,17 @@ class Doubled(torch.nn.Module):
         return 2 * weight
 
 
+@pytest.mark.parametrize("part", ["in_proj", "x_proj", "dt_proj", "conv1d", "D"])
+def test_a_replaced_part_of_another_size_is_refused(part):
+    """Also where eager inference goes past the op's checks: the kernel would read beyond it."""
+    model = long_memory(backend="cpu")
+    video, mixer = make_video(model, b=1, t=1), model.layers[-1].mixer
+    owner, name = (mixer, part) if part == "D" else (getattr(mixer, part), "weight")
+    setattr(owner, name, torch.nn.Parameter(getattr(owner, name).detach()[:-1]))
+    with torch.inference_mode(), pytest.raises((ValueError, RuntimeError), match="must|size|shape"):
+        model.step_(video, model.init_state(1))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("part", ["in_proj", "x_proj", "dt_proj", "out_proj", "conv1d", "A_log", "D"])
 @pytest.mark.parametrize("block", [0, -1], ids=["spatial", "temporal"])

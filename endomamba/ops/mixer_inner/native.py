@@ -129,7 +129,8 @@ def _check_sizes(xz: Tensor, side: Side) -> None:
     (d, n), r, conv = side.A.shape, side.dt_proj_weight.shape[-1], side.conv_weight
     expected = (2 * d, d * conv.shape[-1], d, (r + 2 * n) * d, d * r, d, d)
     rest = (side.conv_bias, side.x_proj_weight, side.dt_proj_weight, side.dt_bias, side.D)
-    found = (xz.shape[-1], conv.numel(), *(0 if t is None else t.numel() for t in rest))
+    sizes = (e if t is None else t.numel() for e, t in zip(expected[2:], rest, strict=True))
+    found = (xz.shape[-1], conv.numel(), *sizes)
     if found != expected:
         names = ("channels of in_proj", *(name for name in Side._fields if name != "A"))
         wrong = ", ".join(f"{e} {name}, got {f}" for name, e, f in zip(names, expected, found, strict=True) if e != f)
