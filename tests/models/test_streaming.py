@@ -366,7 +366,7 @@ def test_a_replaced_part_of_another_size_is_refused(part):
     video, mixer = make_video(model, b=1, t=1), model.layers[-1].mixer
     owner, name = (mixer, part) if part == "D" else (getattr(mixer, part), "weight")
     setattr(owner, name, torch.nn.Parameter(getattr(owner, name).detach()[:-1]))
-    with torch.inference_mode(), pytest.raises((ValueError, RuntimeError), match="must|size|shape"):
+    with torch.inference_mode(), pytest.raises((ValueError, RuntimeError), match=r"must|size|shape"):
         model.step_(video, model.init_state(1))
 
 
