@@ -133,5 +133,6 @@ def _check_sizes(xz: Tensor, side: Side) -> None:
     found = (xz.shape[-1], conv.numel(), *sizes)
     if found != expected:
         names = ("channels of in_proj", *(name for name in Side._fields if name != "A"))
-        wrong = ", ".join(f"{e} {name}, got {f}" for name, e, f in zip(names, expected, found, strict=True) if e != f)
+        each = zip(names, expected, found, strict=True)
+        wrong = ", ".join(f"{e} {name}, got {f}" for name, e, f in each if e != f)
         raise ValueError(f"mixer_inner: with A of {d} x {n} and a dt rank of {r} there must be {wrong}")
