@@ -95,7 +95,8 @@ def step(xz: Tensor, side: Side, conv_state: Tensor, ssm_state: Tensor) -> Tenso
 
 
 # --- a mixer's own parameters, in eager inference --------------------------------------------------------------------
-# The op's checks and a tensor for -exp(A_log) take longer than Python may for a small frame: sizes are compared, no more.
+# The op's checks and a tensor for -exp(A_log) take longer than Python may for a small frame: sizes are compared, that is
+# all.
 
 
 def runs_modules(u: Tensor, side: Side, backend: str) -> bool:
