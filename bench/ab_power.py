@@ -5,7 +5,7 @@
         --only 'selective_scan small-l3152'
 
 Every run is the gate of `python -m bench ab` with processes of its own, or of --share runs; what looks slower is
-measured again in new ones, as there.  The worktrees are built once.  Writes bench/results/{cpu,cuda}_ab_power.json
+measured again in other ones, as there.  The worktrees are built once.  Writes bench/results/{cpu,cuda}_ab_power.json
 after each run, alarms and misses of a noisy minute included.
 """
 
@@ -89,12 +89,15 @@ class Processes:
         self.pair = None
 
 
-def one_run(processes: Processes, only: str, repo: Path) -> dict:
+def one_run(processes: Processes, again: Processes, only: str, repo: Path) -> dict:
     start, load = time.perf_counter(), os.getloadavg()[0]
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             cache = common_dir(repo) / "bench-ab"
-            gate = Gate(processes.sides, processes.options, repo, cache, ("time",), only, pair=processes.next())
+            gate = Gate(
+                processes.sides, processes.options, repo, cache, ("time",), only, pair=processes.next(),
+                fresh=lambda *_: contextlib.nullcontext(again.next()),
+            )  # fmt: skip
             gate.run()
         except (machine.Refused, WorkerFailed) as error:
             return {"error": str(error)}
@@ -137,7 +140,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--planted", type=int, default=25, metavar="PERCENT")
     parser.add_argument("--planted-runs", type=int, metavar="RUNS", help="of the slower commit; default: --runs")
-    parser.add_argument("--share", type=int, default=1, metavar="RUNS", help="so many runs in the same processes")
+    parser.add_argument("--share", type=int, default=1, metavar="RUNS", help="so many in the same processes")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", default="selective_scan small-l197", metavar="PATTERNS", help="cases, as for ab")
     parser.add_argument("--out", type=Path)
@@ -158,18 +161,18 @@ def main() -> None:
             slow = planted(repo, base, args.planted)
         else:
             first = Processes(same, options, 1)
-            slow = planted_on_gpu(repo, base, args.planted, one_run(first, args.only, repo), args.device)
+            slow = planted_on_gpu(repo, base, args.planted, one_run(first, first, args.only, repo), args.device)
             first.close()
         other = stack.enter_context(checkouts(repo, base, slow, None, None))
-        both = [Processes(sides, options, args.share) for sides in (same, other)]
-        for processes in both:
+        both = [[Processes(sides, options, args.share) for _ in range(2)] for sides in (same, other)]
+        for processes in (*both[0], *both[1]):
             stack.callback(processes.close)
         planted_runs = args.runs if args.planted_runs is None else args.planted_runs
         for number in range(max(args.runs, planted_runs)):
             for (name, runs), processes, wanted in zip(experiments.items(), both, (args.runs, planted_runs)):
                 if number >= wanted:
                     continue
-                runs.append(one_run(processes, args.only, repo))
+                runs.append(one_run(*processes, args.only, repo))
                 print(f"{number + 1:3} {name}: {runs[-1]}", flush=True)
             found = {name: summary(runs, "selective_scan") for name, runs in experiments.items()}
             write(out, meta, found, experiments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,7 +44,7 @@ class Report:
 class Gate:
     """One comparison of two sides.  repo: the user's checkout, whose code must not run; only: patterns, with commas.
 
-    pair: processes of both sides that are there already; None: new ones.
+    pair: processes of both sides that are there already, None: new ones; fresh: makes those that measure again.
     """
 
     sides: tuple[Side, Side]
@@ -54,6 +55,7 @@ class Gate:
     only: str = "*"
     target: str = "sm_90"
     pair: Pair | None = None
+    fresh: Callable[[tuple[Side, Side], Options], AbstractContextManager[Pair]] = opened
     report: Report = field(default_factory=Report)
     cases: dict[str, dict] = field(default_factory=dict)  # of this run, by name
 
@@ -145,7 +147,7 @@ class Gate:
         """Slow cases once more in fresh processes: how memory happened to lie in the first ones is not the commit's."""
         if not suspects:
             return
-        with opened(self.sides, self.options) as pair:
+        with self.fresh(self.sides, self.options) as pair:
             for name in suspects:
                 row, now = self.report.row(name), measure(pair, name, self.options, len(self.cases))
                 row["again"] = now

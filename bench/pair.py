@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench import machine, stats
@@ -43,6 +43,7 @@ class Pair:
     head: Process
     cases: dict[str, dict]
     about: dict
+    found: dict[str, dict[str, float]] = field(default_factory=dict)  # errors by case: the same code gives the same
 
     @property
     def alive(self) -> bool:
@@ -52,7 +53,12 @@ class Pair:
         return self.base.ask(do, **more), self.head.ask(do, **more)
 
     def errors(self, name: str) -> dict[str, float]:
-        """Of each side, against the fp64 reference of base."""
+        """Of each side, against the fp64 reference of base; worked out once."""
+        if name not in self.found:
+            self.found[name] = self._errors(name)
+        return self.found[name]
+
+    def _errors(self, name: str) -> dict[str, float]:
         with tempfile.TemporaryDirectory() as folder:
             truth = str(Path(folder, "truth.pt"))
             base = self.base.ask("errors", name=name, truth=truth, write=True)["error"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,6 +27,34 @@ def test_the_kernel_planted_in_on_a_gpu_still_has_its_line():
     planted = text.replace(ab_power.GPU_LINE, ab_power.GPU_LINE + ab_power.SPIN.format(cycles=1000))
     compile(planted, "planted", "exec")
     assert "setp.lt.u32 p, n, 1000;" in planted and "{ .reg" in planted
+
+
+def test_runs_share_processes_and_those_that_measure_again_are_others(monkeypatch):
+    made, used = [], []
+
+    @contextlib.contextmanager
+    def opened(sides, options):
+        made.append(pair := SimpleNamespace(alive=True, number=len(made)))
+        yield pair
+        pair.alive = False
+
+    class Gate:
+        def __init__(self, sides, options, repo, cache, gates, only, pair, fresh):
+            self.pair, self.fresh, self.report = pair, fresh, SimpleNamespace(findings=[], rows=[])
+
+        def run(self):
+            with self.fresh(None, None) as again:
+                used.append((self.pair.number, again.number))
+                assert self.pair.alive and again.alive
+
+    monkeypatch.setattr(ab_power, "opened", opened)
+    monkeypatch.setattr(ab_power, "Gate", Gate)
+    monkeypatch.setattr(ab_power, "common_dir", lambda repo: repo)
+    both = [ab_power.Processes(None, None, 2) for _ in range(2)]
+    for _ in range(3):
+        assert "error" not in ab_power.one_run(*both, "*", ROOT)
+    assert used == [(0, 1), (0, 1), (2, 3)]
+    assert [pair.alive for pair in made] == [False, False, True, True]
 
 
 def test_runs_are_counted():

@@ -95,8 +95,7 @@ def step(xz: Tensor, side: Side, conv_state: Tensor, ssm_state: Tensor) -> Tenso
 
 
 # --- a mixer's own parameters, in eager inference --------------------------------------------------------------------
-# The op's checks and a tensor for -exp(A_log) take longer than Python may for a small frame: sizes are compared, that is
-# all.
+# The op's checks and a tensor for -exp(A_log) take longer than Python may for a small frame: only sizes are compared.
 
 
 def runs_modules(u: Tensor, side: Side, backend: str) -> bool:
