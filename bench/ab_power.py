@@ -6,7 +6,8 @@
 
 Every run is the gate of `python -m bench ab` with processes of its own, or of --share runs; what looks slower is
 measured again in other ones, as there.  The worktrees are built once.  Writes bench/results/{cpu,cuda}_ab_power.json
-after each run, alarms and misses of a noisy minute included.
+after each run, alarms and misses of a noisy minute included.  What that file has of a run cut short is kept and counted
+with --resume: a GPU lent for ten minutes has no time for 50 and 20 runs.
 """
 
 from __future__ import annotations
@@ -125,6 +126,22 @@ def summary(runs: list[dict], op: str) -> dict:
     }  # fmt: skip
 
 
+def resumed(path: Path, meta: dict, experiments: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """The runs that `path` has of these experiments; SystemExit where they are of another commit, machine or setting.
+
+    Another GPU of the same kind may go on: meta["before"] keeps what was said of the earlier ones.
+    """
+    earlier = json.loads(path.read_text())
+    kept = earlier["meta"].pop("before", [])
+    own = ("command", "date", "uuid")
+    other = [key for key in meta if key not in own and earlier["meta"].get(key) != meta[key]]
+    if other or set(earlier["runs"]) != set(experiments):
+        what = "the experiments" if not other else ", ".join(other)
+        raise SystemExit(f"ab_power: {path.name} cannot be resumed: {what} would not be the same")
+    meta["before"] = [*kept, {key: earlier["meta"][key] for key in own if key in earlier["meta"]}]
+    return {name: earlier["runs"][name] for name in experiments}
+
+
 def write(path: Path, meta: dict, found: dict, experiments: dict[str, list[dict]]) -> None:
     """One run a line."""
     head = json.dumps({"meta": meta, "summary": found}, indent=1).removesuffix("\n}")
@@ -144,6 +161,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", default="selective_scan small-l197", metavar="PATTERNS", help="cases, as for ab")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--resume", action="store_true", help="go on with the runs that the file already has")
     args = parser.parse_args()
     kind = args.device.partition(":")[0]
     out = args.out or HERE / "results" / f"{kind}_ab_power.json"
@@ -155,6 +173,8 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"), "threshold": options.limit, "alpha": options.alpha,
         "rounds": options.rounds, **machine.describe(args.device),
     }  # fmt: skip
+    if args.resume and out.exists():
+        experiments = resumed(out, meta, experiments)
     with contextlib.ExitStack() as stack:
         same = stack.enter_context(checkouts(repo, base, base, None, None))
         if kind == "cpu":
@@ -170,7 +190,7 @@ def main() -> None:
         planted_runs = args.runs if args.planted_runs is None else args.planted_runs
         for number in range(max(args.runs, planted_runs)):
             for (name, runs), processes, wanted in zip(experiments.items(), both, (args.runs, planted_runs)):
-                if number >= wanted:
+                if number >= wanted or number < len(runs):
                     continue
                 runs.append(one_run(*processes, args.only, repo))
                 print(f"{number + 1:3} {name}: {runs[-1]}", flush=True)

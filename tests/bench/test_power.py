@@ -77,3 +77,20 @@ def test_runs_are_counted():
         "runs": 4, "refused": 1, "alarmed": 2, "caught_scan": 1, "ratio_median": 1.1, "ratio_range": [1.0, 1.2],
         "seconds_median": 10.0, "load_range": [1.0, 3.0], "first_alarms_not_confirmed": 1,
     }  # fmt: skip
+
+
+def test_a_run_cut_short_goes_on(tmp_path):
+    path, meta = tmp_path / "power.json", {"commit": "abc", "driver": "1", "uuid": "A", "date": "d", "command": "c"}
+    experiments, runs = {"same": [], "slower": []}, {"same": [{"alarms": []}], "slower": []}
+    ab_power.write(path, meta, {}, runs)
+    second = meta | {"uuid": "B"}
+    assert ab_power.resumed(path, second, experiments) == runs
+    assert second["before"] == [{"command": "c", "date": "d", "uuid": "A"}]
+    ab_power.write(path, second, {}, runs)
+    third = meta | {"uuid": "C"}
+    ab_power.resumed(path, third, experiments)
+    assert [entry["uuid"] for entry in third["before"]] == ["A", "B"]
+    with pytest.raises(SystemExit, match=r"power.json cannot be resumed: commit, driver would not be the same"):
+        ab_power.resumed(path, meta | {"commit": "abd", "driver": "2"}, experiments)
+    with pytest.raises(SystemExit, match="the experiments would not be the same"):
+        ab_power.resumed(path, dict(meta), {"same": []})
