@@ -25,7 +25,7 @@ from endomamba.train.plan import ClipPlan, Sample, Shares
 from endomamba.train.world import World
 
 from .common import ONE, SIZE, TINY, finish, fit, make_data, start, train_and_die
-from .test_resume import lines, same
+from .test_resume import killed, lines, same
 
 STUDENT = {**TINY, "patch_size": 8, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
 TEACHER = {"embed_dim": 16, "depth": 2, "patch_size": 8, "d_state": 4}
@@ -206,6 +206,16 @@ def test_killed_equals_uninterrupted(data, taught, tmp_path):
     same(whole, tmp_path)
     for path in whole.glob("reconstructions-*.png"):
         assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_twenty_kills(data, weights, tmp_path, ranks):
+    """With a teacher, masks and stochastic depth, at random points of 60 steps."""
+    drawn = {"model_options.drop_path_rate": 0.2, "clip.flip": 0.5}
+    config, path = tiny(weights, epochs=40 * ranks, **drawn), data / "unlabelled.jsonl"
+    assert finish(start(train_and_die, config, path, tmp_path / "whole", {}, ranks=ranks)) == [0] * ranks
+    assert killed(config, path, tmp_path / "killed", kills=20, ranks=ranks, seed=ranks) == 20
+    same(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_masks_of_another_seed_give_another_run(data, taught, tmp_path, monkeypatch):
