@@ -1,6 +1,8 @@
-"""The C++ scan of one or two directions, as both scan ops call it."""
+"""The C++ scan of one or two directions, as both scan ops call it, and the arguments that the CUDA one has too."""
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ def _operand(tensor: Tensor, channels: int) -> tuple[tuple[int, ...], int, bool]
 
 
 def _arguments(
+    module: ModuleType,
     first: Direction,
     z: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -27,7 +30,7 @@ def _arguments(
     frames: int,
     out_dtype: torch.dtype,
 ):
-    args = _C.ScanArgs()
+    args = module.ScanArgs()
     args.b = first.x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     args.l, args.d = first.x.shape[1:]
     args.n = first.A.shape[1]
@@ -40,8 +43,8 @@ def _arguments(
     return args
 
 
-def _direction(side: Direction):
-    dir = _C.ScanDirection()
+def _direction(module: ModuleType, side: Direction):
+    dir = module.ScanDirection()
     dir.x, dir.dt, dir.A = view(side.x), view(side.dt), view(side.A)
     dir.B, dir.groups_B, dir.constant_B = _operand(side.B, side.x.shape[2])
     dir.C, dir.groups_C, dir.constant_C = _operand(side.C, side.x.shape[2])
@@ -54,7 +57,8 @@ def _num_seqs(x: Tensor, cu_seqlens: Tensor | None) -> int:
     return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def scan_fwd(
+def forward_arguments(
+    module: ModuleType,
     sides: tuple[Direction, ...],
     z: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -66,21 +70,15 @@ def scan_fwd(
     return_final_state: bool,
     save_states: bool,
     out_fp32: bool,
-    max_seqlen: int,
-    plan: str,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """-> y, final state of each side, chunk states of each side; empty where not asked for.
-
-    max_seqlen and plan change nothing here: lengths are read, and the kernel is invariant by itself.
-    """
+):
+    """-> the module's ScanArgs, y, final state of each side, chunk states of each side; empty where not asked for."""
     x = sides[0].x
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
     y = empty(x, *x.shape, dtype=torch.float32 if out_fp32 else x.dtype)
-    args = _arguments(sides[0], z, cu_seqlens, mask, scale, dt_softplus, frames, y.dtype)
+    args = _arguments(module, sides[0], z, cu_seqlens, mask, scale, dt_softplus, frames, y.dtype)
     args.y = view(y)
     finals, chunks = [], []
     for side in sides:
-        dir = _direction(side)
+        dir = _direction(module, side)
         final = chunk = None
         if return_final_state:
             final = empty(x, _num_seqs(x, cu_seqlens), *side.A.shape, dtype=torch.float32)
@@ -92,6 +90,25 @@ def scan_fwd(
         finals.append(empty(x, dtype=torch.float32) if final is None else final)
         chunks.append(empty(x, dtype=torch.float32) if chunk is None else chunk)
         args.add_direction(dir)
+    return args, y, finals, chunks
+
+
+def scan_fwd(
+    sides: tuple[Direction, ...],
+    z: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    *,
+    max_seqlen: int,
+    plan: str,
+    **options: bool | int | float,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """-> y, final state of each side, chunk states of each side; options as in `forward_arguments`.
+
+    max_seqlen and plan change nothing here: lengths are read, and the kernel is invariant by itself.
+    """
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+    args, y, finals, chunks = forward_arguments(_C, sides, z, cu_seqlens, mask, **options)
     _C.scan_fwd(args)
     return y, finals, chunks
 
@@ -119,13 +136,15 @@ def scan_bwd(
     """
     x = sides[0].x
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
-    args = _arguments(sides[0], z, cu_seqlens, mask, scale, dt_softplus, frames, x.dtype if dy is None else dy.dtype)
+    args = _arguments(
+        _C, sides[0], z, cu_seqlens, mask, scale, dt_softplus, frames, x.dtype if dy is None else dy.dtype
+    )
     if dz is None:
         dz = empty(x, *(() if z is None else x.shape), dtype=x.dtype)
     args.dy, args.dz, args.y = view(dy), view(dz), view(y)
     grads = []
     for side, dfinal, chunks in zip(sides, dfinal_states, chunk_states, strict=True):
-        dir = _direction(side)
+        dir = _direction(_C, side)
         dx, ddt = (empty(x, *x.shape, dtype=x.dtype) for _ in range(2))
         dA, dD, ddt_bias, dinitial = (
             empty(x, *(t.shape if t is not None else ()), dtype=torch.float32)

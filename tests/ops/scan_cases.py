@@ -4,6 +4,7 @@ Weights have a long memory (dt between 1e-3 and 1e-1, as Mamba's own init): with
 fades within a few tokens and no test of carried state could fail.
 """
 
+import pytest
 import torch
 from hypothesis import strategies as st
 
@@ -24,8 +25,23 @@ def dtype_id(dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}[dtype]
 
 
+# The CUDA kernels have one state size.
+STATES = 16 if on.DEVICE == "cuda" else 4
+
+
 def make(
-    b=2, l=9, d=12, n=4, g=None, dtype=torch.float32, constant="", absent=(), seqs=None, directions=1, seed=0, **flags
+    b=2,
+    l=9,
+    d=12,
+    n=STATES,
+    g=None,
+    dtype=torch.float32,
+    constant="",
+    absent=(),
+    seqs=None,
+    directions=1,
+    seed=0,
+    **flags,
 ) -> dict:
     """Arguments of a scan in the public form.  constant: "B", "C" or "BC"; absent: names left out; the rest: flags."""
     random = Random(seed)
@@ -60,7 +76,7 @@ def make(
 def drawn_sizes(data) -> dict:
     """Up to a few of each; on a GPU, which compiles anew for other sizes, one choice that allows every kind of load."""
     if on.DEVICE == "cuda":
-        return {"b": 3, "l": 6, "d": 9, "n": 4}
+        return {"b": 3, "l": 6, "d": 9, "n": STATES}
     return {k: data.draw(st.integers(1, high), label=k) for k, high in (("b", 3), ("l", 6), ("d", 9), ("n", 5))}
 
 
@@ -76,7 +92,12 @@ def cast(inputs: dict, dtype) -> dict:
 def scan(inputs: dict, **flags) -> tuple:
     """(y, final state, ...) of the op that the inputs are made for, final states included."""
     call = bidirectional_scan if "x_b" in inputs else selective_scan
-    return call(**({"return_final_state": True} | inputs | flags))
+    try:
+        return call(**({"return_final_state": True} | inputs | flags))
+    except NotImplementedError as refused:  # the CUDA kernels take less than the others, and say so
+        if flags.get("backend") == "cuda" and "cannot run this call" in str(refused):
+            pytest.skip(str(refused))
+        raise
 
 
 def run(inputs: dict, grads: list | None = None, **flags) -> dict:
@@ -122,12 +143,12 @@ def assert_close(got: dict, want: dict, tolerance=1e-11) -> None:
 
 
 def assert_same(got: dict, want: dict, backend: str) -> None:
-    """The same bits; on the reference, in fp64 (`exact`), and on Triton the same up to rounding.
+    """The same bits; on the reference, in fp64 (`exact`), and on a GPU the same up to rounding.
 
     PyTorch's vectorised loops take the end of a tensor another way, so the reference's bits move with shape and stride.
-    A Triton kernel may sum in an order that moves with them too.
+    A GPU kernel may sum in an order that moves with them too.
     """
-    if backend == "triton":
+    if backend in ("triton", "cuda"):
         for name, value in want.items():
             eps = max(8 * torch.finfo(value.dtype).eps, 1e-5)
             atol = eps * float(value.abs().max()) if value.numel() else 0

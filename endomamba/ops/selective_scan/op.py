@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import _triton
+from .. import _scan_cuda, _triton
 from .._backend import Backend, choose, register
 from .._native import unsupported
 from .._scan import chunk_states_shape, empty, state_dtype
@@ -30,6 +30,12 @@ BACKENDS = register(
             ),
             partial(rows.bwd, _triton.lazy(SHARED, "_scan_triton", "scan_bwd")),
             _triton.unsupported,
+        ),
+        "cuda": Backend(
+            partial(rows.fwd, _scan_cuda.scan_fwd),
+            # it reads the same chunk states
+            partial(rows.bwd, _triton.lazy(SHARED, "_scan_triton", "scan_bwd")),
+            _scan_cuda.unsupported_scan,
         ),
         "cpu": Backend(partial(rows.fwd, scan_fwd), partial(rows.bwd, scan_bwd), unsupported),
         "reference": Backend(reference.fwd, reference.bwd, lambda *tensors: []),
@@ -61,8 +67,9 @@ def selective_scan_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> y (b, l, d), final_state (sequences, d, n), chunk_states (see `_scan.chunk_states_shape`)."""
-    return choose("selective_scan", backend, x, dt, A, B, C, D, z, dt_bias, initial_state).fwd(
-        x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, mask,
+    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, mask)
+    return choose("selective_scan", backend, *tensors).fwd(
+        *tensors,
         dt_softplus, reverse, frames, max_seqlen, return_final_state, save_states, out_fp32, plan,
     )  # fmt: skip
 
@@ -104,8 +111,9 @@ def selective_scan_backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state.  dy or dfinal_state may be absent: zero."""
-    return choose("selective_scan", backend, x, dt, A, B, C, D, z, dt_bias, initial_state).bwd(
-        dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, mask, chunk_states,
+    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, mask)
+    return choose("selective_scan", backend, *tensors).bwd(
+        dy, dfinal_state, *tensors, chunk_states,
         dt_softplus, reverse, frames, max_seqlen, plan,
     )  # fmt: skip
 

@@ -1,0 +1,27 @@
+// endomamba._C_cuda: the CUDA kernels' launchers.  Streams and scratch come as addresses, as a tensor's data_ptr().
+#include <pybind11/pybind11.h>
+
+#include "bindings_scan.h"
+#include "cuda/scan.h"
+
+namespace py = pybind11;
+using namespace endomamba;
+
+PYBIND11_MODULE(_C_cuda, m) {
+  m.doc() = "CUDA kernels of endomamba: pointers, sizes, strides and a stream";
+  m.attr("CHUNK") = kChunk;
+  bind_scan_arguments(m);
+
+  const auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
+#ifdef ENDOMAMBA_HOST
+  m.def(
+      "descending", [](bool on) { cuda::descending = on; }, "in which order the lanes of a warp run, see cuda_host.h");
+#endif
+  m.def("walk_shared", &cuda::walk_shared);
+  m.def("frame_tokens", &cuda::frame_tokens);
+  m.def("scan_walk", [=](const ScanArgs& args, uintptr_t park, uintptr_t stream) {
+    cuda::scan_walk(args, static_cast<float*>(pointer(park)), pointer(stream));
+  });
+  m.def("scan_frame",
+        [=](const ScanArgs& args, int piece, uintptr_t stream) { cuda::scan_frame(args, piece, pointer(stream)); });
+}

@@ -1,0 +1,142 @@
+"""The CUDA C++ scan of one or two directions, as both scan ops call it: what it takes, and which of its kernels runs.
+
+Letters: b sequences, l tokens, d channels, n state size.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ._backend import FP64
+from ._extension_cuda import load, missing
+from ._native import DTYPES
+from ._scan import Direction
+from ._scan_native import forward_arguments
+from ._triton import on_device
+
+STATES = 16  # csrc/cuda/device.cuh: kStates
+# One frame or a few: time across the warps of a block, 8 tokens a warp, where the other kernel's warps (32 channels of
+# a sequence and direction each) would leave most of the GPU idle.  Not under plan="invariant", whose choice may not
+# look at the number of sequences.
+FRAME = {"piece": 8, "least": 17, "warps": 2}  # tokens; at most so many warps of the other kernel a multiprocessor
+
+
+def unsupported(x: Tensor, *_: Tensor | None) -> list[str]:
+    """What holds for every op: the extension, the device, the dtype."""
+    why = [missing()] if missing() else []
+    why += _elsewhere(x)
+    if x.dtype not in DTYPES:
+        why.append(FP64 if x.dtype == torch.float64 else f"{x.dtype} is not supported")
+    return why
+
+
+def _elsewhere(x: Tensor) -> list[str]:
+    here = x.device.type == "cuda" and torch.version.hip is None
+    return [] if here else [f"CUDA kernels run on an NVIDIA GPU, x is on {x.device}"]
+
+
+def unsupported_scan(
+    x: Tensor, dt=None, A=None, B=None, C=None, D=None, z=None, dt_bias=None, initial_state=None,
+    cu_seqlens=None, mask=None,
+) -> list[str]:  # fmt: skip
+    """selective_scan's tensors, as many as the caller has."""
+    return unsupported(x) + _operands(A, B, C) + _packing(cu_seqlens, mask)
+
+
+def unsupported_both(
+    x: Tensor, dt=None, A=None, B=None, C=None, x_b=None, dt_b=None, A_b=None, B_b=None, C_b=None, D=None, D_b=None,
+    z=None, dt_bias=None, dt_bias_b=None, initial_state=None, initial_state_b=None, cu_seqlens=None, mask=None,
+) -> list[str]:  # fmt: skip
+    """bidirectional_scan's tensors, as many as the caller has."""
+    both = _operands(A, B, C) + _operands(None, B_b, C_b, "_b")
+    return unsupported(x) + both + _packing(cu_seqlens, mask)
+
+
+def _operands(A: Tensor | None, B: Tensor | None, C: Tensor | None, side: str = "") -> list[str]:
+    why = []
+    if A is not None and A.shape[1] != STATES:
+        why.append(f"n={A.shape[1]}, the kernels have n={STATES}")
+    for name, t in (("B" + side, B), ("C" + side, C)):
+        if t is not None and t.ndim == 2:
+            why.append(f"{name} is constant over tokens")
+        elif t is not None and t.shape[2] != 1:
+            why.append(f"{name} has {t.shape[2]} groups, the kernels take one")
+    return why
+
+
+def _packing(cu_seqlens: Tensor | None, mask: Tensor | None) -> list[str]:
+    given = {"cu_seqlens": cu_seqlens, "mask": mask}
+    return [f"{name} is not supported" for name, t in given.items() if t is not None]
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def _neighbours(t: Tensor | None) -> Tensor | None:
+    """Lanes are channels: channels must be neighbours in memory.  Other layouts are copied."""
+    return t if t is None or t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()
+
+
+def _states(t: Tensor | None) -> Tensor | None:
+    """A (d, n) array that lanes read 16 bytes at a time."""
+    if t is None:
+        return None
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def _side(side: Direction) -> Direction:
+    return side._replace(
+        x=_neighbours(side.x), dt=_neighbours(side.dt), A=_states(side.A), initial_state=_states(side.initial_state),
+        D=None if side.D is None else side.D.contiguous(),
+        dt_bias=None if side.dt_bias is None else side.dt_bias.contiguous(),
+    )  # fmt: skip
+
+
+def _piece(x: Tensor, directions: int, frames: int, save_states: bool, plan: str, most: int) -> int:
+    """Tokens of a piece for `scan_frame`, 0: `scan_walk` runs."""
+    b, l, d = x.shape
+    if plan == "invariant" or frames or save_states or not FRAME["least"] <= l <= most:
+        return 0
+    return FRAME["piece"] if b * ((d + 31) // 32) * directions <= FRAME["warps"] * _processors(x.device) else 0
+
+
+def scan_fwd(
+    sides: tuple[Direction, ...],
+    z: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    *,
+    max_seqlen: int,
+    plan: str,
+    **options: bool | int | float,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """-> y, final state of each side, chunk states of each side; options as in `_scan_native.forward_arguments`."""
+    sides, z = tuple(_side(side) for side in sides), _neighbours(z)
+    cuda = load()
+    args, y, finals, chunks = forward_arguments(cuda, sides, z, cu_seqlens, mask, **options)
+    x = sides[0].x
+    if x.numel() == 0:
+        for side, final in zip(sides, finals, strict=True):
+            final.copy_(side.initial_state) if side.initial_state is not None and final.numel() else final.zero_()
+        return y, finals, chunks
+    piece = _piece(x, len(sides), options["frames"], options["save_states"], plan, cuda.frame_tokens(FRAME["piece"]))
+    with on_device(x):
+        stream = _stream(x.device)
+        if piece:
+            cuda.scan_frame(args, piece, stream)
+        else:
+            park = None
+            if len(sides) == 2 and not cuda.walk_shared(x.shape[1]):
+                park = y if y.dtype == torch.float32 else torch.empty(x.shape, dtype=torch.float32, device=x.device)
+            cuda.scan_walk(args, 0 if park is None else park.data_ptr(), stream)
+    return y, finals, chunks

@@ -1,0 +1,154 @@
+// Stands in for the CUDA headers when csrc/cuda is compiled for the host: -DENDOMAMBA_HOST -include cuda_host.h.
+//
+// Every thread of a block is a fiber.  A warp's fibers run one after the other from one __syncwarp or shuffle to the
+// next, so what a kernel may assume between two of them is what happens here, in one order of lanes or, with
+// `descending`, in the other: a missing barrier makes the two differ.  Copies that a GPU makes in the background are
+// made at once.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+using std::max;
+using std::min;
+
+struct float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+struct __nv_bfloat16 {
+  uint16_t bits = 0;
+  operator float() const {
+    const uint32_t wide = uint32_t{bits} << 16;
+    float v;
+    std::memcpy(&v, &wide, 4);
+    return v;
+  }
+};
+inline __nv_bfloat16 __float2bfloat16_rn(float v) {
+  uint32_t wide;
+  std::memcpy(&wide, &v, 4);
+  if (v != v) return {0x7fff};
+  return {static_cast<uint16_t>((wide + 0x7fff + (wide >> 16 & 1)) >> 16)};
+}
+struct __half {
+  _Float16 v = 0;
+  operator float() const { return static_cast<float>(v); }
+};
+inline __half __float2half_rn(float v) { return {static_cast<_Float16>(v)}; }
+
+namespace endomamba::cuda {
+
+struct Index {
+  unsigned x = 0;
+};
+inline Index threadIdx, blockIdx, blockDim;
+
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack;
+  bool done = false, at_block_barrier = false;
+  unsigned shuffles = 0;
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<uint32_t> slots[2];  // what each thread offers in a shuffle, of every second one
+  std::vector<float4> shared;
+  ucontext_t scheduler;
+  unsigned current = 0;
+  std::function<void()> body;
+
+  void yield() { swapcontext(&fibers[current].context, &scheduler); }
+};
+inline Block* block = nullptr;
+inline bool descending = false;
+
+inline float4* shared_memory() { return block->shared.data(); }
+inline void __syncwarp() { block->yield(); }
+inline void __syncthreads() {
+  block->fibers[block->current].at_block_barrier = true;
+  block->yield();
+}
+
+inline float shuffle(float v, unsigned from_lane) {
+  Fiber& me = block->fibers[block->current];
+  std::vector<uint32_t>& slots = block->slots[me.shuffles++ % 2];
+  std::memcpy(&slots[block->current], &v, 4);
+  block->yield();
+  float got;
+  std::memcpy(&got, &slots[block->current / 32 * 32 + from_lane], 4);
+  return got;
+}
+inline float __shfl_xor_sync(unsigned, float v, int mask) { return shuffle(v, block->current % 32 ^ mask); }
+inline float __shfl_sync(unsigned, float v, int lane) { return shuffle(v, lane); }
+inline int __shfl_sync(unsigned, int v, int lane) { return static_cast<int>(shuffle(static_cast<float>(v), lane)); }
+
+inline void run_fiber() {
+  block->body();
+  block->fibers[block->current].done = true;
+  block->yield();
+}
+
+// Every warp in turn to its next meeting point; a block barrier opens when all that still run are at it.
+inline void run_block() {
+  const unsigned threads = blockDim.x;
+  for (Fiber& f : block->fibers) {
+    f.stack.resize(256 * 1024);
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.data(), f.context.uc_stack.ss_size = f.stack.size();
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, run_fiber, 0);
+  }
+  for (;;) {
+    bool ran = false, left = false;
+    for (unsigned i = 0; i < threads; ++i) {
+      const unsigned t = descending ? threads - 1 - i : i;
+      Fiber& f = block->fibers[t];
+      if (f.done) continue;
+      left = true;
+      if (f.at_block_barrier) continue;
+      block->current = threadIdx.x = t;
+      swapcontext(&block->scheduler, &f.context);
+      ran = true;
+    }
+    if (!left) return;
+    if (!ran)
+      for (Fiber& f : block->fibers) f.at_block_barrier = false;
+  }
+}
+
+template <class... P, class... A>
+void launch(const char*, void (*kernel)(P...), int64_t blocks, int threads, size_t shared, void*, const A&... args) {
+  for (int64_t b = 0; b < blocks; ++b) {
+    Block here;
+    here.fibers.resize(threads);
+    for (auto& slots : here.slots) slots.resize(threads);
+    // as on a GPU, what shared memory holds at first is no number
+    here.shared.assign((shared + 15) / 16, make_float4(NAN, NAN, NAN, NAN));
+    here.body = [&] { kernel(args...); };
+    block = &here, blockIdx.x = static_cast<unsigned>(b), blockDim.x = threads;
+    run_block();
+  }
+}
+
+}  // namespace endomamba::cuda

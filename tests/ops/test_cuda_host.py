@@ -1,0 +1,148 @@
+"""The CUDA scans' arithmetic without a GPU: the kernels compiled for the host (cuda_host.h), beside the fp64 reference.
+
+It proves which element every lane reads, sums and writes, and that no barrier is missing between two lanes; not speed,
+not ex2.approx, not what cp.async does in the background.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from endomamba import _nvcc
+from endomamba.ops import _extension_cuda, _scan_cuda
+from endomamba.ops._scan import CHUNK
+from endomamba.ops.bidirectional_scan.op import bidirectional_scan_op
+from endomamba.ops.selective_scan.op import selective_scan_op
+from tests.accuracy import assert_as_accurate_as_eager
+from tests.ops import backends as on
+from tests.ops.scan_cases import cast, dtype_id, make, scan
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_compiler = pytest.mark.skipif(
+    not on.PLAIN or shutil.which("g++") is None or _extension_cuda._pybind11() is None,
+    reason="needs g++ and pybind11, in the plain run",
+)
+pytestmark = needs_compiler
+
+# What changes one thing of b2 l9 d12: lengths around tiles of 8 and chunks of 64, channels around a warp's 32,
+# alignment (d = 12 copies 8 bytes wide in 16 bits, d = 5 one element at a time), absent operands, the walks.
+ROWS = {
+    "base": {},
+    **{f"l{l}": {"l": l} for l in (1, 2, 8, 17)},
+    "l65": {"l": 65, "b": 1},
+    "d5": {"d": 5},
+    "d40": {"d": 40, "b": 1},
+    "bare": {"absent": ("D", "z", "dt_bias", "initial_state", "D_b", "dt_bias_b", "initial_state_b")},
+    "time": {"order": "time", "frames": 3},
+    "out-fp32": {"out_dtype": torch.float32},
+    "no-softplus": {"dt_softplus": False},
+    "scale": {"scale": 0.5},
+    "reverse": {"reverse": True},
+    "reverse-time": {"reverse": True, "order": "time", "frames": 3},
+}  # fmt: skip
+ONE_WAY, TWO_WAY = ("reverse", "reverse-time"), ("scale",)
+
+
+@pytest.fixture(scope="module")
+def host_module(tmp_path_factory):
+    """endomamba._C_cuda of fibers instead of threads; one for all workers of a run."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if os.environ.get("PYTEST_XDIST_WORKER") else folder
+    target = folder / f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    with _extension_cuda._locked(folder / "_C_cuda.lock"):
+        if not target.exists():
+            fresh = target.with_suffix(".tmp")
+            flags = ["-std=c++17", "-O1", "-g0", "-shared", "-fPIC", "-DENDOMAMBA_HOST", "-Icsrc", "-Itests/ops"]
+            include = [f"-I{_extension_cuda._pybind11()}", f"-I{sysconfig.get_path('include')}"]
+            sources = ["-x", "c++", "-include", "cuda_host.h", *_nvcc.kernels(ROOT), _nvcc.BINDINGS]
+            subprocess.run(["g++", *flags, *include, *sources, "-o", str(fresh)], cwd=ROOT, check=True)
+            fresh.rename(target)
+    spec = importlib.util.spec_from_file_location("endomamba._C_cuda", target)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    sys.modules.pop("endomamba._C_cuda", None)
+
+
+@pytest.fixture(params=["walk", "frame"])
+def kernel(request, host_module, monkeypatch):
+    """The CUDA back end runs here, on one of its two kernels wherever that can."""
+    monkeypatch.setattr(_scan_cuda, "load", lambda: host_module)
+    monkeypatch.setattr(_scan_cuda, "missing", lambda: "")
+    monkeypatch.setattr(_scan_cuda, "_elsewhere", lambda x: [])
+    monkeypatch.setattr(_scan_cuda, "_stream", lambda device: 0)
+    monkeypatch.setattr(_scan_cuda, "_processors", lambda device: 132 if request.param == "frame" else 0)
+    monkeypatch.setattr(_scan_cuda, "FRAME", _scan_cuda.FRAME | {"least": 1})
+    return request.param
+
+
+def inputs_of(row: str, directions: int, dtype: torch.dtype) -> dict:
+    inputs = make(**({"n": 16, "dtype": dtype, "directions": directions} | ROWS[row]))
+    if not inputs.get("dt_softplus", True):  # then dt itself must be positive
+        for side in ("", "_b")[:directions]:
+            inputs["dt" + side] = 0.05 * torch.nn.functional.softplus(inputs["dt" + side])
+            inputs["dt_bias" + side] = torch.exp(inputs["dt_bias" + side])
+    return inputs
+
+
+CASES = [
+    (row, directions, dtype)
+    for row in ROWS
+    for directions in (1, 2)
+    for dtype in on.DTYPES.values()
+    if row not in (TWO_WAY if directions == 1 else ONE_WAY) and (row == "base" or dtype != torch.float16)
+]
+
+
+@pytest.mark.parametrize(
+    "row, directions, dtype", CASES, ids=lambda v: dtype_id(v) if isinstance(v, torch.dtype) else str(v)
+)
+def test_forward(kernel, row, directions, dtype):
+    inputs = inputs_of(row, directions, dtype)
+    with torch.no_grad():
+        got = scan(inputs, backend="cuda")
+        eager = scan(inputs, backend="reference")
+        truth = scan(cast(inputs, torch.float64) | {"out_dtype": None}, backend="reference")
+    for name, *values in zip(("y", "final_state", "final_state_b"), got, eager, truth):
+        assert_as_accurate_as_eager(name, *values)
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+def test_the_order_of_lanes_changes_no_bit(kernel, host_module, directions):
+    inputs = inputs_of("base", directions, torch.float32)
+    found = []
+    for descending in (False, True):
+        host_module.descending(descending)
+        with torch.no_grad():
+            found.append(scan(inputs, backend="cuda"))
+    host_module.descending(False)
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_chunk_states(kernel, reverse):
+    """Those of the reference: the state before every 64th token, in walking order."""
+    inputs = make(b=2, l=2 * CHUNK + 1, d=5, n=16)
+    args = [inputs[k] for k in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")]
+    args[3], args[4] = args[3].unsqueeze(2), args[4].unsqueeze(2)
+    flags = (None, None, True, reverse, 0, 0, False, True, False, "auto")
+    got, want = (selective_scan_op(*args, *flags, backend)[2] for backend in ("cuda", "reference"))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_chunk_states_both_ways(kernel):
+    inputs = make(b=1, l=CHUNK + 3, d=5, n=16, directions=2)
+    names = ("x", "dt", "A", "B", "C", "x_b", "dt_b", "A_b", "B_b", "C_b", "D", "D_b", "z", "dt_bias", "dt_bias_b")
+    values = inputs | {k: inputs[k].unsqueeze(2) for k in ("B", "C", "B_b", "C_b")}
+    args = [values[k] for k in (*names, "initial_state", "initial_state_b")]
+    flags = (None, None, 1.0, True, 0, 0, False, True, False, "auto")
+    got, want = (bidirectional_scan_op(*args, *flags, backend)[3:] for backend in ("cuda", "reference"))
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
