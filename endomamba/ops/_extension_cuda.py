@@ -1,4 +1,4 @@
-"""The compiled CUDA kernels, `endomamba._C_cuda`: from the wheel, else built once at first use, or why they are not there.
+"""The compiled CUDA kernels, `endomamba._C_cuda`: from the wheel, or built once at first use, or why they are missing.
 
 ENDOMAMBA_CUDA_CACHE: the folder that keeps what was built (default: endomamba in $XDG_CACHE_HOME or ~/.cache).
 ENDOMAMBA_CUDA_ARCHS: the compute capabilities to build for, as "80 90" (default: that of the present GPU).
