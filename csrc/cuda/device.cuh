@@ -14,6 +14,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "cuda/scan.h"
 
@@ -76,9 +77,11 @@ __device__ __forceinline__ float sigmoid(float v) {
 // same instructions give v: exp is 0 and the floor -inf.
 struct Softplus {
   float slope, offset, floor;
+  float zero;  // softplus of it is 0
 
-  __device__ __forceinline__ explicit Softplus(bool on)
-      : slope(on ? -kLog2e : 0.0f), offset(on ? 0.0f : -1e30f), floor(on ? 0.0f : -INFINITY) {}
+  static Softplus of(bool on) {
+    return {on ? -kLog2e : 0.0f, on ? 0.0f : -1e30f, on ? 0.0f : -INFINITY, on ? -1e30f : 0.0f};
+  }
 
   __device__ __forceinline__ float operator()(float v) const {
     const float u = ex2(fmaf(fabsf(v), slope, offset));
@@ -122,32 +125,137 @@ __device__ __forceinline__ T* offset(T* base, int index, int stride) {
 #endif
 }
 
-// kBytes from global to shared memory without a register between; what lies past `valid` bytes becomes 0.
-template <int kBytes>
-__device__ __forceinline__ void copy_async(void* to, const void* from, int valid) {
+// The value itself, which the compiler then keeps rather than work it out again.
+__device__ __forceinline__ int keep(int v) {
+#ifndef ENDOMAMBA_HOST
+  asm volatile("" : "+r"(v));
+#endif
+  return v;
+}
+template <class T>
+__device__ __forceinline__ T* keep(T* p) {
+#ifndef ENDOMAMBA_HOST
+  asm volatile("" : "+l"(p));
+#endif
+  return p;
+}
+
+// Neighbouring elements as they are in memory: 16-bit ones stay in pairs until they are needed.
+template <class T>
+struct alignas(2 * sizeof(T)) Two {
+  uint32_t w[sizeof(T) / 2];
+
+  static __device__ __forceinline__ Two of(T a, T b) {
+    const T v[2] = {a, b};
+    Two two;
+    std::memcpy(&two, v, sizeof(two));
+    return two;
+  }
+  template <int i>
+  __device__ __forceinline__ float at() const {
+    uint32_t word = w[sizeof(T) == 4 ? i : 0];
+    if constexpr (sizeof(T) == 4 || std::is_same_v<T, __nv_bfloat16>) {  // the upper half of a float, or all of it
+      if (sizeof(T) < 4) word = i ? word & 0xffff0000u : word << 16;
+      float v;
+      std::memcpy(&v, &word, 4);
+      return v;
+    } else {
+      const uint16_t bits = static_cast<uint16_t>(word >> (16 * i));
+      T v;
+      std::memcpy(&v, &bits, 2);
+      return to_float(v);
+    }
+  }
+};
+template <class T>
+struct alignas(4 * sizeof(T)) Four {
+  Two<T> v[2];
+
+  __device__ __forceinline__ float4 floats() const {
+    return make_float4(v[0].template at<0>(), v[0].template at<1>(), v[1].template at<0>(), v[1].template at<1>());
+  }
+};
+
+// V of global memory that the kernel does not write, or that it only writes: what `offset` returns could be any memory,
+// and the compiler would not move a load of that before a store to shared memory.
+template <class V>
+__device__ __forceinline__ V load(const void* from) {
+  V v;
 #ifdef ENDOMAMBA_HOST
-  std::memset(to, 0, kBytes);
-  std::memcpy(to, from, valid);
+  std::memcpy(&v, from, sizeof(V));
 #else
-  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  if constexpr (kBytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(valid) : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(at), "l"(from), "n"(kBytes), "r"(valid)
-                 : "memory");
+  if constexpr (sizeof(V) == 16) {
+    const float4 word = __ldg(static_cast<const float4*>(from));
+    std::memcpy(&v, &word, 16);
+  } else if constexpr (sizeof(V) == 8) {
+    const float2 word = __ldg(static_cast<const float2*>(from));
+    std::memcpy(&v, &word, 8);
+  } else if constexpr (sizeof(V) == 4) {
+    const unsigned word = __ldg(static_cast<const unsigned*>(from));
+    std::memcpy(&v, &word, 4);
+  } else {
+    const unsigned short word = __ldg(static_cast<const unsigned short*>(from));
+    std::memcpy(&v, &word, 2);
+  }
+#endif
+  return v;
+}
+template <class V>
+__device__ __forceinline__ void store(void* to, const V& v) {
+#ifdef ENDOMAMBA_HOST
+  std::memcpy(to, &v, sizeof(V));
+#else
+  if constexpr (sizeof(V) == 8) {
+    float2 word;
+    std::memcpy(&word, &v, 8);
+    asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(word.x), "f"(word.y) : "memory");
+  } else if constexpr (sizeof(V) == 4) {
+    unsigned word;
+    std::memcpy(&word, &v, 4);
+    asm volatile("st.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
+  } else {
+    unsigned short word;
+    std::memcpy(&word, &v, 2);
+    asm volatile("st.global.u16 [%0], %1;" ::"l"(to), "h"(word) : "memory");
+  }
 #endif
 }
-__device__ __forceinline__ void copy_group() {
-#ifndef ENDOMAMBA_HOST
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
+
+// Elements 0 and `next` of global memory, in one word where they are known to be aligned neighbours.
+template <bool kAligned, class T>
+__device__ __forceinline__ Two<T> load_two(const T* p, int next) {
+  if constexpr (kAligned) return load<Two<T>>(p);
+  return Two<T>::of(load<T>(p), load<T>(p + next));
 }
-// All groups but the last kLeft are there, for the lane that asks; the warp needs a __syncwarp after it.
-template <int kLeft>
-__device__ __forceinline__ void copy_wait() {
-#ifndef ENDOMAMBA_HOST
-  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
-#endif
+template <bool kAligned, class T>
+__device__ __forceinline__ void store_two(T* p, float a, float b, bool second) {
+  if constexpr (kAligned) {
+    store(p, Two<T>::of(from_float<T>(a), from_float<T>(b)));
+  } else {
+    store(p, from_float<T>(a));
+    if (second) store(p + 1, from_float<T>(b));
+  }
+}
+template <bool kAligned, class T>
+__device__ __forceinline__ Four<T> load_four(const T* p, int stride) {
+  if constexpr (kAligned) return load<Four<T>>(p);
+  return {{load_two<false>(p, stride), load_two<false>(p + 2 * int64_t{stride}, stride)}};
+}
+
+// One token of half a channel's states: h = exp2(dt A) h + u B, and its part of <C, h>.  rows: the half of B; that of C
+// lies 64 bytes on.
+__device__ __forceinline__ float advance(float (&h)[kStates / 2], const float (&A)[kStates / 2], float dt, float u,
+                                         const char* rows) {
+  float y = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kStates / 2; i += 4) {
+    const float4 b = reinterpret_cast<const float4*>(rows)[i / 4], c = reinterpret_cast<const float4*>(rows + 64)[i / 4];
+    h[i] = fmaf(ex2(dt * A[i]), h[i], u * b.x), h[i + 1] = fmaf(ex2(dt * A[i + 1]), h[i + 1], u * b.y);
+    h[i + 2] = fmaf(ex2(dt * A[i + 2]), h[i + 2], u * b.z), h[i + 3] = fmaf(ex2(dt * A[i + 3]), h[i + 3], u * b.w);
+    y = i == 0 ? c.x * h[i] : fmaf(c.x, h[i], y);
+    y = fmaf(c.w, h[i + 3], fmaf(c.z, h[i + 2], fmaf(c.y, h[i + 1], y)));
+  }
+  return y;
 }
 
 #ifndef ENDOMAMBA_HOST

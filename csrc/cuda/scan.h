@@ -10,7 +10,7 @@ namespace endomamba::cuda {
 // What they take of ScanArgs: n = 16, one group of B and C, channels of x, dt, z, y next to each other, states and
 // parameters contiguous; no cu_seqlens, no mask.
 //
-// scan_walk: one warp walks 32 channels from end to end.  park: fp32 (b,l,d), scratch of a call of two directions;
+// scan_walk: one warp walks 16 channels from end to end.  park: fp32 (b,l,d), scratch of a call of two directions;
 // null where `walk_shared` says that shared memory will do.
 void scan_walk(const ScanArgs& args, float* park, void* stream);
 bool walk_shared(int64_t l);

@@ -12,7 +12,7 @@ struct Tensor {
   const void* p;
   int64_t b;  // elements from sequence to sequence
   int l, n;   // bytes from token to token, elements from state to state
-  int width;  // bytes that one copy may move: 16, 8, or 0 where rows are not aligned or elements not neighbours
+  int width;  // bytes that one copy may move: 16, 8, 4, or 0 where rows are not aligned or elements not neighbours
 };
 
 struct Side {
@@ -29,8 +29,10 @@ struct Params {
   float* park;
   int l, d, blocks, frames;
   float scale;
-  bool softplus, shared_park;
-  bool wide_y, wide_stores;  // y in fp32; rows of y that 16 bytes divide
+  Softplus softplus;
+  bool shared_park;
+  bool wide_y;   // y in fp32
+  bool aligned;  // two neighbouring channels of x, dt, z, y may move together, and four states of B or C
 };
 
 inline int narrow(const char* name, int64_t v) {
@@ -42,9 +44,9 @@ inline int narrow(const char* name, int64_t v) {
 inline Tensor tensor(const char* name, const View& v, int64_t size, int64_t n) {
   int width = 16;
   const auto fits = [&](int64_t bytes) { return bytes % width == 0; };
-  while (width >= 8 && !(fits(reinterpret_cast<intptr_t>(v.p)) && fits(v.s[0] * size) && fits(v.s[1] * size)))
+  while (width >= 4 && !(fits(reinterpret_cast<intptr_t>(v.p)) && fits(v.s[0] * size) && fits(v.s[1] * size)))
     width /= 2;
-  return {v.p, v.s[0], narrow(name, v.s[1] * size), narrow(name, n), width >= 8 && n == 1 ? width : 0};
+  return {v.p, v.s[0], narrow(name, v.s[1] * size), narrow(name, n), width >= 4 && n == 1 ? width : 0};
 }
 
 inline Params params(const ScanArgs& a, int channels) {
@@ -66,8 +68,13 @@ inline Params params(const ScanArgs& a, int channels) {
   p.z = tensor("a stride of z", a.z, size, 1), p.y = a.y.p;
   p.l = narrow("the number of tokens", a.l), p.d = narrow("a row of y", a.d * 4) / 4;
   p.blocks = static_cast<int>((a.d + channels - 1) / channels), p.frames = static_cast<int>(a.frames);
-  p.scale = a.scale, p.softplus = a.softplus, p.wide_y = a.out_dtype == 0;
-  p.wide_stores = a.d * size % 16 == 0 && reinterpret_cast<intptr_t>(a.y.p) % 16 == 0;
+  p.scale = a.scale, p.softplus = Softplus::of(a.softplus), p.wide_y = a.out_dtype == 0;
+  p.aligned = a.d % 2 == 0 && p.z.width >= 2 * size;
+  for (int i = 0; i < a.directions; ++i) {
+    const Side& s = p.side[i];
+    p.aligned = p.aligned && s.x.width >= 2 * size && s.dt.width >= 2 * size;
+    p.aligned = p.aligned && s.B.width >= 4 * size && s.C.width >= 4 * size;
+  }
   return p;
 }
 

@@ -48,7 +48,6 @@ __global__ void __launch_bounds__(Limits<kPiece>::kThreads) scan_frame_kernel(co
   float* const C = B + kPiece * kStates;
   float* const edges = reinterpret_cast<float*>(memory) + pieces * (2 * kPiece * kStates);
   float* const products = edges + pieces * kEdge;
-  const Softplus softplus(p.softplus);
 
   // Token t of this piece in the order of the walk; past the end of the sequence: l or more.
   const auto token = [&](int t, bool reverse) { return warp * kPiece + (reverse ? kPiece - 1 - t : t); };
@@ -99,7 +98,7 @@ __global__ void __launch_bounds__(Limits<kPiece>::kThreads) scan_frame_kernel(co
       const bool there = token(q * kOwn + e, reverse) < p.l;
       // past the end: decay 1 and input 0 leave the state as it was
       x[e] = there ? to_float(next.x[e]) : 0.0f;
-      dt[e] = there ? softplus(to_float(next.dt[e]) + bias) : 0.0f;
+      dt[e] = there ? p.softplus(to_float(next.dt[e]) + bias) : 0.0f;
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {

@@ -1,18 +1,19 @@
 // scan_walk: the forward scan of one or two directions where there are warps enough, as in training.
 //
-// Grid (b * cdiv(d, 32),), a warp a direction.  A warp owns 32 channels of one sequence for all l tokens; nothing is
+// Grid (b * cdiv(d, 16),), a warp a direction.  A warp owns 16 channels of one sequence for all l tokens; nothing is
 //   shared between blocks.  Two directions start at the two ends; what each finds before they meet waits in fp32
 //   (`park`: shared memory, or for long sequences global memory), and what it finds after is added to what the other
 //   left, gated and written.  One barrier.
-// Lanes: lane c has channel c for all that is done once a channel (softplus, D, gate, y), and half of the states of
-//   channels c and c ^ 1, the lower half in even lanes.  So one 16-byte read of B or C from shared memory serves two
-//   channels, at three shuffles a token (dt and dt x there, half of <C,h> back).
-// Tokens: in tiles of 8 in a warp's own shared memory.  x, dt, z, B and C of the next tile are copied there while one
-// is
-//   walked (cp.async, as wide as their alignment allows); B and C are spread to fp32 before their tile.
-// Bytes: x, dt, z read once a direction, y written once; B and C once for every 32 channels, from L2 after the first;
-//   a parked token 4 bytes out and in.  States every 64 tokens where a backward will need them.
-// Numerics: all in fp32; A times log2(e), so a decay is one ex2; y is the sum of the two halves, then D x.
+// Lanes walk: lane 16 q + c has half q of the states of channel c.  Four tokens a turn, without a branch between them.
+// Lanes own: what is done once a channel and token (loads, softplus, D, gate, y) is done for two neighbouring channels
+//   of one token, 2 (c / 2) and the next, token 2 q + c % 2 of the four: 16-bit values travel in one word.  dt and dt x
+//   go from owner to walker through shared memory, sums over states back by three shuffles.
+// B and C of the four tokens lie in shared memory in fp32, brought four elements a lane.  The loads of the next four
+//   tokens are under way while four are walked.
+// Bytes: x, dt, z read once a direction, y written once; B and C once for every 16 channels, from L2 after the first; a
+//   parked token 4 bytes out and in.  States every 64 tokens where a backward will need them.
+// Numerics: all in fp32; A times log2(e), so a decay is one ex2; y is the sum of two halves, then D x.  A token past the
+//   end has dt = 0 and leaves the state as it was.
 // Bound: 18 of the multi-function unit's operations for each channel and token (16 decays, softplus and gate 1 or 2).
 #include "scan_args.cuh"
 
@@ -20,235 +21,155 @@ namespace endomamba::cuda {
 namespace {
 
 #ifndef ENDOMAMBA_WARPS
-#define ENDOMAMBA_WARPS 24
+#define ENDOMAMBA_WARPS 20
 #endif
-#ifndef ENDOMAMBA_UNROLL
-#define ENDOMAMBA_UNROLL 4
-#endif
-constexpr int kWarps = ENDOMAMBA_WARPS, kUnroll = ENDOMAMBA_UNROLL;
-constexpr int kTile = 8, kHalf = kStates / 2, kChannels = 32;
+constexpr int kWarps = ENDOMAMBA_WARPS;  // of a multiprocessor that registers must leave room for
+constexpr int kGroup = 4, kChannels = 16, kHalf = kStates / 2;
 constexpr size_t kParkLimit = 16 * 1024;  // more would leave a multiprocessor too few warps
 
 // A warp's shared memory.
-template <class T>
 struct Shared {
-  struct Tile {
-    T x[kTile][kChannels], dt[kTile][kChannels], z[kTile][kChannels];
-    T B[kTile][kStates], C[kTile][kStates];
-  } tile[2];
-  float B[kTile][kStates], C[kTile][kStates];
+  float4 rows[kGroup][2][4];            // B and C of a token
+  float4 steps[kGroup / 2][kChannels];  // dt, dt x of two tokens
 };
 
-struct Half {
-  float v[kHalf];
-
-  __device__ __forceinline__ void load(const float* p) {
-    const float4 a = reinterpret_cast<const float4*>(p)[0], b = reinterpret_cast<const float4*>(p)[1];
-    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-  }
-  __device__ __forceinline__ void store(float* p) const {
-    reinterpret_cast<float4*>(p)[0] = make_float4(v[0], v[1], v[2], v[3]);
-    reinterpret_cast<float4*>(p)[1] = make_float4(v[4], v[5], v[6], v[7]);
-  }
-};
-
-// One token of one channel's half: h = exp2(dt A) h + u B, and its part of <C,h>.
-__device__ __forceinline__ float advance(Half& h, const Half& A, float dt, float u, const Half& b, const Half& c) {
-  float y = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kHalf; ++i) {
-    h.v[i] = fmaf(ex2(dt * A.v[i]), h.v[i], u * b.v[i]);
-    y = fmaf(c.v[i], h.v[i], y);
-  }
-  return y;
-}
-
-// Starts the copies of `count` tokens' rows of kRow elements from column `first` on, of which `valid` are there.
-template <int kBytes, int kRow, class T, class W>
-__device__ __forceinline__ void copy_rows(T (*to)[kRow], const Tensor& t, const T* from, int valid, const W& walk,
-                                          int kb, int count, int lane) {
-  constexpr int kEach = kBytes / sizeof(T), kPieces = kRow / kEach;
-#pragma unroll
-  for (int i = 0; i < kTile * kPieces; i += 32) {
-    const int row = (i + lane) / kPieces, column = (i + lane) % kPieces * kEach;
-    const int bytes = min(max(valid - column, 0) * static_cast<int>(sizeof(T)), kBytes);
-    if (row < count && (kTile * kPieces % 32 == 0 || i + lane < kTile * kPieces) && bytes > 0)
-      copy_async<kBytes>(&to[row][column], offset(from + column, walk(kb + row), t.l), bytes);
-  }
-}
-
-// As wide as the rows allow.  Of rows of channels the middle width is left out, it would only be code.
-template <int kRow, class T, class W>
-__device__ __forceinline__ void fetch_rows(T (*to)[kRow], const Tensor& t, const T* from, int valid, const W& walk,
-                                           int kb, int count, int lane) {
-  if (t.width == 16) return copy_rows<16>(to, t, from, valid, walk, kb, count, lane);
-  if (kRow == kStates && t.width == 8) return copy_rows<8>(to, t, from, valid, walk, kb, count, lane);
-#pragma unroll 1
-  for (int i = lane; i < count * kRow; i += 32)
-    if (i % kRow < valid)
-      to[i / kRow][i % kRow] = *offset(from + static_cast<int64_t>(i % kRow) * t.n, walk(kb + i / kRow), t.l);
-}
-
-// Rows of a tile to a contiguous (l, d) output, 16 bytes a lane where `wide`: d and `to` allow it.
-template <class T, class W>
-__device__ __forceinline__ void store_rows(T* to, int d, bool wide, const T (*from)[kChannels], int valid,
-                                           const W& walk, int kb, int count, int lane) {
-  constexpr int kEach = 16 / sizeof(T), kPieces = kChannels / kEach;
-  const int row_bytes = d * static_cast<int>(sizeof(T));
-  if (wide) {
-#pragma unroll
-    for (int i = 0; i < kTile * kPieces; i += 32) {
-      const int row = (i + lane) / kPieces, column = (i + lane) % kPieces * kEach;
-      if (row < count && column < valid)
-        *reinterpret_cast<float4*>(offset(to + column, walk(kb + row), row_bytes)) =
-            *reinterpret_cast<const float4*>(&from[row][column]);
-    }
-    return;
-  }
-  if (lane >= valid) return;
-#pragma unroll 1
-  for (int row = 0; row < count; ++row) *offset(to + lane, walk(kb + row), row_bytes) = from[row][lane];
-}
-
-template <class T, bool kBoth, bool kGate, bool kTime>
+template <class T, bool kBoth, bool kTime, bool kAligned>
 __global__ void __launch_bounds__(kBoth ? 64 : 32, kBoth ? kWarps / 2 : kWarps)
     scan_walk_kernel(const __grid_constant__ Params p) {
-  float4* const memory = shared_memory();
-  const int lane = threadIdx.x % 32;
+  char* const memory = reinterpret_cast<char*>(shared_memory());
+  const int lane = keep(threadIdx.x % 32);
   const int warp = kBoth ? __shfl_sync(kWarp, static_cast<int>(threadIdx.x / 32), 0) : 0;  // the same in all lanes
+  const int c = lane % kChannels, q = lane / kChannels;
   const Side& s = p.side[warp];
-  Shared<T>& mem = reinterpret_cast<Shared<T>*>(memory)[warp];
   const int64_t seq = blockIdx.x / p.blocks;
-  const int first = (blockIdx.x % p.blocks) * kChannels, channel = first + lane;
-  const int valid = min(p.d - first, kChannels);
-  const bool mine = lane < valid, others = (lane ^ 1) < valid;
-  const int own = min(channel, p.d - 1), other = min(channel ^ 1, p.d - 1);  // past the last: read it again, write none
-  const int half = lane % 2 * kHalf;
-  const Walk<kTime> walk(p.l, p.frames, s.reverse);
+  const int first = (blockIdx.x % p.blocks) * kChannels;
+  const int l = p.l, d = p.d;
+  const int walked = min(first + c, d - 1);  // past the last channel: read it again, write none
+  const int own = first + c / 2 * 2, turn = 2 * q + c % 2;
+  const bool mine = own < d, second = own + 1 < d;
+  const int from = min(own, kAligned ? d - 2 : d - 1), next = min(own + 1, d - 1) - from;
+  const Walk<kTime> walk(l, p.frames, s.reverse);
   // steps whose y waits for the other direction: forward those below the middle, backward those from it on
-  const int parks = !kBoth ? 0 : s.reverse ? p.l - p.l / 2 : p.l / 2;
+  const int parks = !kBoth ? 0 : s.reverse ? l - l / 2 : l / 2;
+  const bool gate = p.z.p != nullptr;
 
-  const T* const x = static_cast<const T*>(s.x.p) + seq * s.x.b + first;
-  const T* const dt = static_cast<const T*>(s.dt.p) + seq * s.dt.b + first;
-  const T* const z = static_cast<const T*>(p.z.p) + (kGate ? seq * p.z.b + first : 0);
-  const T* const B = static_cast<const T*>(s.B.p) + seq * s.B.b;
-  const T* const C = static_cast<const T*>(s.C.p) + seq * s.C.b;
-  const int64_t out = seq * p.l * p.d + channel;
-  float* const park =
-      p.shared_park ? reinterpret_cast<float*>(reinterpret_cast<Shared<T>*>(memory) + 2) + lane : p.park + out;
-  const int park_l = p.shared_park ? 128 : p.d * 4;
+  const T* const x = keep(static_cast<const T*>(s.x.p) + seq * s.x.b + from);
+  const T* const dt = keep(static_cast<const T*>(s.dt.p) + seq * s.dt.b + from);
+  const T* const z = keep(static_cast<const T*>(p.z.p) + (gate ? seq * p.z.b + from : 0));
+  const Tensor& matrix = lane & 4 ? s.C : s.B;
+  const int row_n = matrix.n, row_l = keep(matrix.l);
+  const T* const row =
+      keep(static_cast<const T*>(matrix.p) + seq * matrix.b + static_cast<int64_t>(lane % 4 * 4) * row_n);
+  const int y_size = p.wide_y ? 4 : static_cast<int>(sizeof(T)), y_l = d * y_size;
+  char* const y_out = keep(static_cast<char*>(p.y) + (seq * l * d + own) * y_size);
+  float* const park = keep(p.shared_park ? reinterpret_cast<float*>(memory + 2 * sizeof(Shared)) + c / 2 * 2
+                                         : p.park + seq * l * d + own);
+  const int park_l = keep(4 * (p.shared_park ? kChannels : d));
 
-  // A tile ends before the next multiple of kTile, and where parking ends.
-  const auto end_of = [&](int kb) {
-    const int stop = min((kb | (kTile - 1)) + 1, p.l);
-    return kBoth && kb < parks ? min(stop, parks) : stop;
+  // offsets in shared memory: where a lane puts its row and its steps, where it finds its channel's
+  const int at = warp * static_cast<int>(sizeof(Shared)), steps = at + static_cast<int>(sizeof(Shared::rows));
+  const int put_row = at + lane * 16, get_row = at + q * 32;
+  const int put_step = steps + q * (kChannels * 16) + c / 2 * 32 + c % 2 * 8, get_step = steps + c * 16;
+
+  Two<T> raw_x, raw_dt, raw_z{};
+  Four<T> raw_row;
+  const auto fetch = [&](int kb) {
+    const int token = walk(min(kb + turn, l - 1));
+    raw_x = load_two<kAligned>(offset(x, token, s.x.l), next);
+    raw_dt = load_two<kAligned>(offset(dt, token, s.dt.l), next);
+    if (gate && (!kBoth || kb + kGroup > parks)) raw_z = load_two<kAligned>(offset(z, token, p.z.l), next);
+    raw_row = load_four<kAligned>(offset(row, walk(min(kb + lane / 8, l - 1)), row_l), row_n);
   };
-  const auto fetch = [&](typename Shared<T>::Tile& to, int kb) {
-    const int count = end_of(kb) - kb;
-    fetch_rows(to.x, s.x, x, valid, walk, kb, count, lane);
-    fetch_rows(to.dt, s.dt, dt, valid, walk, kb, count, lane);
-    if (kGate && (!kBoth || kb >= parks)) fetch_rows(to.z, p.z, z, valid, walk, kb, count, lane);
-    fetch_rows(to.B, s.B, B, kStates, walk, kb, count, lane);
-    fetch_rows(to.C, s.C, C, kStates, walk, kb, count, lane);
-    copy_group();
-  };
-  const int64_t edge = (seq * p.d + own) * kStates + half, other_edge = (seq * p.d + other) * kStates + half;
-  Half A, A2, h, h2;
-  A.load(s.A + own * int64_t{kStates} + half);
-  A2.load(s.A + other * int64_t{kStates} + half);
+
+  const int64_t edge = walked * int64_t{kStates} + q * kHalf;
+  float A[kHalf], h[kHalf];
 #pragma unroll
-  for (int i = 0; i < kHalf; ++i) A.v[i] *= kLog2e, A2.v[i] *= kLog2e, h.v[i] = h2.v[i] = 0.0f;
-  if (s.start) h.load(s.start + edge), h2.load(s.start + other_edge);
-  const float D = s.D ? s.D[own] : 0.0f, bias = s.bias ? s.bias[own] : 0.0f;
-  const Softplus softplus(p.softplus);
-
-  int64_t chunk = seq * ((p.l + kChunk - 1) / kChunk);
-  const auto walk_tile = [&](typename Shared<T>::Tile& tile, int kb, int stop) {
-    if (kBoth && kb == parks) __syncthreads();
-    if (s.chunks && kb % kChunk == 0) {
-      float* const to = s.chunks + chunk++ * p.d * kStates + half;
-      if (mine) h.store(to + own * int64_t{kStates});
-      if (others) h2.store(to + other * int64_t{kStates});
-    }
+  for (int i = 0; i < kHalf; ++i) A[i] = kLog2e * s.A[edge + i];
 #pragma unroll
-    for (int i = 0; i < kTile * kStates; i += 128) {
-      const int at = i + lane * 4;
-      const T *b = &tile.B[0][0] + at, *c = &tile.C[0][0] + at;
-      reinterpret_cast<float4*>(&mem.B[0][0] + at)[0] =
-          make_float4(to_float(b[0]), to_float(b[1]), to_float(b[2]), to_float(b[3]));
-      reinterpret_cast<float4*>(&mem.C[0][0] + at)[0] =
-          make_float4(to_float(c[0]), to_float(c[1]), to_float(c[2]), to_float(c[3]));
-    }
-    __syncwarp();
-#pragma unroll kUnroll
-    for (int j = 0; j < kTile; ++j) {
-      if (kb + j >= stop) break;
-      const float xj = to_float(tile.x[j][lane]), dtj = softplus(to_float(tile.dt[j][lane]) + bias), u = dtj * xj;
-      const float dt2 = __shfl_xor_sync(kWarp, dtj, 1), u2 = __shfl_xor_sync(kWarp, u, 1);
-      Half b, c;
-      b.load(&mem.B[j][half]), c.load(&mem.C[j][half]);
-      const float y2 = advance(h2, A2, dt2, u2, b, c);
-      float y = fmaf(D, xj, advance(h, A, dtj, u, b, c)) + __shfl_xor_sync(kWarp, y2, 1);
-      const int token = walk(kb + j);
-      if (kBoth && kb < parks) {
-        if (mine) *offset(park, token, park_l) = y;
-        continue;
-      }
-      if (kBoth && mine) y += *offset(park, token, park_l);
-      y *= p.scale;
-      if (kGate) {
-        const float zj = to_float(tile.z[j][lane]);
-        y *= zj * sigmoid(zj);
-      }
-      if (sizeof(T) < 4 && p.wide_y) {
-        if (mine) static_cast<float*>(p.y)[out + static_cast<int64_t>(token) * p.d] = y;
-      } else {
-        tile.x[j][lane] = from_float<T>(y);
-      }
-    }
-    if ((sizeof(T) < 4 && p.wide_y) || (kBoth && kb < parks)) return;
-    __syncwarp();
-    store_rows(static_cast<T*>(p.y) + (out - lane), p.d, p.wide_stores, tile.x, valid, walk, kb, stop - kb, lane);
+  for (int i = 0; i < kHalf; ++i) h[i] = s.start ? s.start[seq * d * kStates + edge + i] : 0.0f;
+  const auto save = [&](float* to) {
+    if (first + c >= d) return;
+    reinterpret_cast<float4*>(to + edge)[0] = make_float4(h[0], h[1], h[2], h[3]);
+    reinterpret_cast<float4*>(to + edge)[1] = make_float4(h[4], h[5], h[6], h[7]);
   };
-  int kb = 0, stop = 0;  // the tile that is walked while the next one comes; at first there is none
-  for (int which = 1;; which ^= 1) {
-    if (stop < p.l) {
-      fetch(mem.tile[which ^ 1], stop);
-      copy_wait<1>();
-    } else {
-      copy_wait<0>();
+  const float D0 = s.D ? s.D[from] : 0.0f, D1 = s.D ? s.D[from + next] : 0.0f;
+  const float bias0 = s.bias ? s.bias[from] : 0.0f, bias1 = s.bias ? s.bias[from + next] : 0.0f;
+
+  float* chunk = s.chunks + seq * ((l + kChunk - 1) / kChunk) * d * kStates;
+  const bool chunks = s.chunks != nullptr;
+  fetch(0);
+#pragma unroll 1
+  for (int kb = 0; kb < l; kb += kGroup) {
+    if (chunks && kb % kChunk == 0) save(chunk), chunk += static_cast<int64_t>(d) * kStates;
+    const Two<T> own_x = raw_x, own_z = raw_z;
+    const int k = kb + turn;
+    const bool live = k < l;
+    const float x0 = own_x.template at<0>(), x1 = own_x.template at<1>();
+    const float dt0 = p.softplus(live ? raw_dt.template at<0>() + bias0 : p.softplus.zero);
+    const float dt1 = p.softplus(live ? raw_dt.template at<1>() + bias1 : p.softplus.zero);
+    __syncwarp();  // all have read what lies there
+    *reinterpret_cast<float2*>(memory + put_step) = make_float2(dt0, dt0 * x0);
+    *reinterpret_cast<float2*>(memory + put_step + 16) = make_float2(dt1, dt1 * x1);
+    *reinterpret_cast<float4*>(memory + put_row) = raw_row.floats();
+    __syncwarp();
+    fetch(kb + kGroup);
+
+    float y[kGroup];
+#pragma unroll
+    for (int t = 0; t < kGroup; t += 2) {
+      const float4 step = *reinterpret_cast<const float4*>(memory + get_step + t / 2 * (kChannels * 16));
+      const char* const both = memory + get_row + t * 128;
+      y[t] = advance(h, A, step.x, step.y, both), y[t + 1] = advance(h, A, step.z, step.w, both + 128);
     }
-    if (kb < stop) {
-      __syncwarp();
-      walk_tile(mem.tile[which], kb, stop);
-      __syncwarp();  // the next rows go where these were
+    // halves of four tokens' sums -> both halves of two tokens -> two channels of the own token
+    const float own0 = (q ? y[2] : y[0]) + __shfl_xor_sync(kWarp, q ? y[0] : y[2], kChannels);
+    const float own1 = (q ? y[3] : y[1]) + __shfl_xor_sync(kWarp, q ? y[1] : y[3], kChannels);
+    const bool odd = c % 2;
+    const float here = odd ? own1 : own0, there = __shfl_xor_sync(kWarp, odd ? own0 : own1, 1);
+    float y0 = fmaf(D0, x0, odd ? there : here), y1 = fmaf(D1, x1, odd ? here : there);
+
+    const int token = walk(k);
+    float* const parked = offset(park, token, park_l);
+    if (kBoth && k < parks && mine) {
+      if (kAligned) *reinterpret_cast<float2*>(parked) = make_float2(y0, y1);
+      if (!kAligned) parked[0] = y0;
+      if (!kAligned && second) parked[1] = y1;
     }
-    if (stop == p.l) break;
-    kb = stop, stop = end_of(stop);
+    if (kBoth && kb + kGroup <= parks) continue;
+    if (kBoth && kb <= parks) __syncthreads();  // the two directions meet here
+    if (kBoth && k >= parks && live && mine) {
+      const float2 other = kAligned ? *reinterpret_cast<float2*>(parked) : make_float2(parked[0], second ? parked[1] : 0);
+      y0 += other.x, y1 += other.y;
+    }
+    y0 *= p.scale, y1 *= p.scale;
+    if (gate) {
+      const float z0 = own_z.template at<0>(), z1 = own_z.template at<1>();
+      y0 *= z0 * sigmoid(z0), y1 *= z1 * sigmoid(z1);
+    }
+    char* const to = offset(y_out, token, y_l);
+    if (k < parks || !live || !mine) continue;
+    if (sizeof(T) == 4 || p.wide_y)
+      store_two<kAligned>(reinterpret_cast<float*>(to), y0, y1, second);
+    else
+      store_two<kAligned>(reinterpret_cast<T*>(to), y0, y1, second);
   }
-  if (kBoth && parks == p.l) __syncthreads();  // one token: the other direction has nothing to park
-  if (s.final) {
-    if (mine) h.store(s.final + edge);
-    if (others) h2.store(s.final + other_edge);
-  }
+  if (s.final) save(s.final + seq * d * kStates);
 }
 
 size_t park_bytes(int64_t l) { return l * kChannels * sizeof(float); }
 
-template <class T, bool kTime>
-void launch_walk(const Params& p, bool both, int64_t b, void* stream) {
-  const size_t shared = sizeof(Shared<T>) * (both ? 2 : 1) + (both && p.shared_park ? park_bytes(p.l) : 0);
-  const bool gate = p.z.p != nullptr;
-  const auto kernel = both
-                          ? (gate ? scan_walk_kernel<T, true, true, kTime> : scan_walk_kernel<T, true, false, kTime>)
-                          : (gate ? scan_walk_kernel<T, false, true, kTime> : scan_walk_kernel<T, false, false, kTime>);
-  launch("scan_walk", kernel, b * p.blocks, both ? 64 : 32, shared, stream, p);
+template <class T, bool kAligned>
+void launch_walk(const Params& p, const ScanArgs& a, void* stream) {
+  const bool both = a.directions == 2, time = a.frames > 0;
+  const size_t shared = sizeof(Shared) * (both ? 2 : 1) + (both && p.shared_park ? park_bytes(p.l) : 0);
+  const auto kernel = both ? (time ? scan_walk_kernel<T, true, true, kAligned> : scan_walk_kernel<T, true, false, kAligned>)
+                           : (time ? scan_walk_kernel<T, false, true, kAligned> : scan_walk_kernel<T, false, false, kAligned>);
+  launch("scan_walk", kernel, a.b * p.blocks, both ? 64 : 32, shared, stream, p);
 }
 
 template <class T>
 void launch_walk(const Params& p, const ScanArgs& a, void* stream) {
-  p.frames > 0 ? launch_walk<T, true>(p, a.directions == 2, a.b, stream)
-               : launch_walk<T, false>(p, a.directions == 2, a.b, stream);
+  p.aligned ? launch_walk<T, true>(p, a, stream) : launch_walk<T, false>(p, a, stream);
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ from ._scan_native import forward_arguments
 from ._triton import on_device
 
 STATES = 16  # csrc/cuda/device.cuh: kStates
-# One frame or a few: time across the warps of a block, 8 tokens a warp, where the other kernel's warps (32 channels of
+# One frame or a few: time across the warps of a block, 8 tokens a warp, where the other kernel's warps (16 channels of
 # a sequence and direction each) would leave most of the GPU idle.  Not under plan="invariant", whose choice may not
 # look at the number of sequences.
 FRAME = {"piece": 8, "least": 17, "warps": 2}  # tokens; at most so many warps of the other kernel a multiprocessor
