@@ -24,4 +24,14 @@ PYBIND11_MODULE(_C_cuda, m) {
   });
   m.def("scan_frame",
         [=](const ScanArgs& args, int piece, uintptr_t stream) { cuda::scan_frame(args, piece, pointer(stream)); });
+  m.def("scan_back_sizes", [](int64_t b, int64_t l, int64_t d, int64_t workers) {
+    const cuda::BackSizes sizes = cuda::scan_back_sizes(b, l, d, workers);
+    return py::make_tuple(sizes.blocks, sizes.scratch, sizes.sums, sizes.parts);
+  });
+  m.def("scan_back", [=](const ScanArgs& args, int which, uintptr_t scratch, uintptr_t sums, uintptr_t parts,
+                         uintptr_t park, bool parks, int64_t workers, uintptr_t stream) {
+    const auto floats = [&](uintptr_t address) { return static_cast<float*>(pointer(address)); };
+    cuda::scan_back(args, which, {floats(scratch), floats(sums), floats(parts), floats(park), workers, parks},
+                    pointer(stream));
+  });
 }

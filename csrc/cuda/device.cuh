@@ -20,7 +20,7 @@
 
 namespace endomamba::cuda {
 
-constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr int kStates = 16;
 constexpr unsigned kWarp = 0xffffffffu;
 
@@ -256,6 +256,62 @@ __device__ __forceinline__ float advance(float (&h)[kStates / 2], const float (&
     y = fmaf(c.w, h[i + 3], fmaf(c.z, h[i + 2], fmaf(c.y, h[i + 1], y)));
   }
   return y;
+}
+
+// Half sums of four tokens of channel c in lanes c and 16 + c -> whole sums of channels 2 (c / 2) and the next, of token
+// 2 q + c % 2, in lane 16 q + c.
+__device__ __forceinline__ float2 own_sums(const float (&part)[4], bool q, bool odd) {
+  const float first = (q ? part[2] : part[0]) + __shfl_xor_sync(kWarp, q ? part[0] : part[2], 16);
+  const float second = (q ? part[3] : part[1]) + __shfl_xor_sync(kWarp, q ? part[1] : part[3], 16);
+  const float kept = odd ? second : first, other = __shfl_xor_sync(kWarp, odd ? first : second, 1);
+  return make_float2(odd ? other : kept, odd ? kept : other);
+}
+
+// d += a b, m16n8k8 in tf32: the matrix unit cuts what it gets to 11 bits.
+__device__ __forceinline__ void multiply(float (&d)[4], const float (&a)[4], float b0, float b1) {
+#ifdef ENDOMAMBA_HOST
+  host_multiply(d, a, b0, b1);
+#else
+  const unsigned *u = reinterpret_cast<const unsigned*>(a);
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(u[0]), "r"(u[1]), "r"(u[2]), "r"(u[3]), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+#endif
+}
+
+// Cutting a mantissa to 11 bits takes 2^-11 * 0.72 off a value on average: given back beforehand, sums have no bias.
+constexpr float kCut = 1.0f + 3.52e-4f;
+
+// Sums of 16 values over the 16 lanes of each half of a warp, by matrix products with ones.  Lane 16 q + 4 i + j gets
+// that of value `summed(lane)`.  ones[m]: 1 in lanes 4 m to 4 m + 3, else 0.  kExact: each value as two of 11 bits.
+//
+// Values 4 i to 4 i + 3 are rows 0-7 and 8-15 of the product's first operand; the second one sends them to columns 2 i
+// and 2 i + 1, so one accumulator takes all, summed over quads of lanes.  Three shuffles add the four quads of a half.
+__device__ __forceinline__ int summed(int lane) { return lane % 4 * 4 + (lane & 8) / 8 + (lane & 4) / 2; }
+template <bool kExact>
+__device__ __forceinline__ float lane_sum(const float (&v)[16], const float (&ones)[8], int lane) {
+  float d[4] = {};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float high[4] = {v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]};
+    if constexpr (kExact) {
+      float low[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        uint32_t bits;
+        std::memcpy(&bits, &high[k], 4);
+        bits &= 0xffffe000u;
+        std::memcpy(&high[k], &bits, 4);
+        low[k] = v[4 * i + k] - high[k];
+      }
+      multiply(d, low, ones[2 * i], ones[2 * i + 1]);
+    }
+    multiply(d, high, ones[2 * i], ones[2 * i + 1]);
+  }
+  const bool p = lane & 8, q = lane & 4;
+  const float s0 = (p ? d[2] : d[0]) + __shfl_xor_sync(kWarp, p ? d[0] : d[2], 8);
+  const float s1 = (p ? d[3] : d[1]) + __shfl_xor_sync(kWarp, p ? d[1] : d[3], 8);
+  return (q ? s1 : s0) + __shfl_xor_sync(kWarp, q ? s0 : s1, 4);
 }
 
 #ifndef ENDOMAMBA_HOST

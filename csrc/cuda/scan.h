@@ -20,4 +20,18 @@ bool walk_shared(int64_t l);
 void scan_frame(const ScanArgs& args, int piece, void* stream);
 int frame_tokens(int piece);
 
+// scan_back: the backward of direction `which`, and dB, dC from the blocks' sums.  All memory is fp32, on the device;
+// sizes in elements.  Takes what the walk takes, and its chunk states.
+struct BackMemory {
+  float *scratch, *sums, *parts;
+  float* park;      // (b,l,d), of a call of two directions: the first one parks, the second one adds; else null
+  int64_t workers;  // 1 to b; each leaves one part of dA (d,16), dD (d,) and ddt_bias (d,) in `parts`
+  bool parks;
+};
+struct BackSizes {
+  int64_t blocks, scratch, sums, parts;
+};
+BackSizes scan_back_sizes(int64_t b, int64_t l, int64_t d, int64_t workers);
+void scan_back(const ScanArgs& args, int which, const BackMemory& memory, void* stream);
+
 }  // namespace endomamba::cuda

@@ -121,12 +121,8 @@ __global__ void __launch_bounds__(kBoth ? 64 : 32, kBoth ? kWarps / 2 : kWarps)
       const char* const both = memory + get_row + t * 128;
       y[t] = advance(h, A, step.x, step.y, both), y[t + 1] = advance(h, A, step.z, step.w, both + 128);
     }
-    // halves of four tokens' sums -> both halves of two tokens -> two channels of the own token
-    const float own0 = (q ? y[2] : y[0]) + __shfl_xor_sync(kWarp, q ? y[0] : y[2], kChannels);
-    const float own1 = (q ? y[3] : y[1]) + __shfl_xor_sync(kWarp, q ? y[1] : y[3], kChannels);
-    const bool odd = c % 2;
-    const float here = odd ? own1 : own0, there = __shfl_xor_sync(kWarp, odd ? own0 : own1, 1);
-    float y0 = fmaf(D0, x0, odd ? there : here), y1 = fmaf(D1, x1, odd ? here : there);
+    const float2 sum = own_sums(y, q, c % 2);
+    float y0 = fmaf(D0, x0, sum.x), y1 = fmaf(D1, x1, sum.y);
 
     const int token = walk(k);
     float* const parked = offset(park, token, park_l);

@@ -14,14 +14,16 @@ from ._backend import FP64
 from ._extension_cuda import load, missing
 from ._native import DTYPES
 from ._scan import Direction
-from ._scan_native import forward_arguments
+from ._scan_native import backward_arguments, forward_arguments
 from ._triton import on_device
 
 STATES = 16  # csrc/cuda/device.cuh: kStates
 # One frame or a few: time across the warps of a block, 8 tokens a warp, where the other kernel's warps (16 channels of
 # a sequence and direction each) would leave most of the GPU idle.  Not under plan="invariant", whose choice may not
 # look at the number of sequences.
-FRAME = {"piece": 8, "least": 17, "warps": 2}  # tokens; at most so many warps of the other kernel a multiprocessor
+FRAME = {"piece": 8, "least": 17, "warps": 4}  # tokens; at most so many warps of the other kernel a multiprocessor
+
+BACK_BLOCKS = 6  # of the backward, that a multiprocessor holds: csrc/cuda/scan_back.cu
 
 
 def unsupported(x: Tensor, *_: Tensor | None) -> list[str]:
@@ -107,7 +109,7 @@ def _piece(x: Tensor, directions: int, frames: int, save_states: bool, plan: str
     b, l, d = x.shape
     if plan == "invariant" or frames or save_states or not FRAME["least"] <= l <= most:
         return 0
-    return FRAME["piece"] if b * ((d + 31) // 32) * directions <= FRAME["warps"] * _processors(x.device) else 0
+    return FRAME["piece"] if b * ((d + 15) // 16) * directions <= FRAME["warps"] * _processors(x.device) else 0
 
 
 def scan_fwd(
@@ -140,3 +142,65 @@ def scan_fwd(
                 park = y if y.dtype == torch.float32 else torch.empty(x.shape, dtype=torch.float32, device=x.device)
             cuda.scan_walk(args, 0 if park is None else park.data_ptr(), stream)
     return y, finals, chunks
+
+
+def _workers(x: Tensor, blocks: int, plan: str) -> int:
+    """How many blocks of the backward share the sequences: as many as fill the GPU, each the same number of them."""
+    b = x.shape[0]
+    if plan == "invariant":
+        return b
+    rounds = -(-b * blocks // (BACK_BLOCKS * max(_processors(x.device), 1)))
+    return -(-b // rounds)
+
+
+def scan_bwd(
+    dy: Tensor | None,
+    dfinal_states: tuple[Tensor | None, ...],
+    sides: tuple[Direction, ...],
+    z: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    chunk_states: tuple[Tensor, ...],
+    *,
+    scale: float,
+    dt_softplus: bool,
+    frames: int,
+    max_seqlen: int,
+    plan: str,
+    dz: Tensor | None = None,
+    y: Tensor | None = None,
+) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+    """As `_scan_native.scan_bwd`.  Two directions are two launches, the first one's y waits in fp32."""
+    x = sides[0].x
+    b, l, d = x.shape
+    sides, z = tuple(_side(side) for side in sides), _neighbours(z)
+    dy = torch.zeros_like(x) if dy is None else _neighbours(dy)
+    dfinal_states = tuple(_states(t) for t in dfinal_states)
+    cuda = load()
+    args, dz, grads = backward_arguments(
+        cuda, dy, dfinal_states, sides, z, cu_seqlens, mask, chunk_states,
+        scale=scale, dt_softplus=dt_softplus, frames=frames, dz=dz, y=y,
+    )  # fmt: skip
+    if x.numel() == 0:
+        for side, dfinal, grad in zip(sides, dfinal_states, grads, strict=True):
+            for t in grad:
+                t.zero_()
+            if side.initial_state is not None and dfinal is not None:
+                grad[7].copy_(dfinal)
+        return dz, grads
+    workers = _workers(x, cuda.scan_back_sizes(b, l, d, 1)[0], plan)
+    scratch, sums, parts = (x.new_empty(n, dtype=torch.float32) for n in cuda.scan_back_sizes(b, l, d, workers)[1:])
+    park = x.new_empty(x.shape, dtype=torch.float32) if len(sides) == 2 and z is not None else None
+    with on_device(x):
+        for i, (side, grad) in enumerate(zip(sides, grads, strict=True)):
+            cuda.scan_back(
+                args, i, scratch.data_ptr(), sums.data_ptr(), parts.data_ptr(), 0 if park is None else park.data_ptr(),
+                i == 0, workers, _stream(x.device),
+            )  # fmt: skip
+            total = parts.view(workers, -1).sum(0)
+            grad[2].copy_(total[: d * STATES].view(d, STATES))
+            if side.D is not None:
+                grad[5].copy_(total[d * STATES : d * STATES + d])
+            if side.dt_bias is not None:
+                grad[6].copy_(total[d * STATES + d :])
+    return dz, grads

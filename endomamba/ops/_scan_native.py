@@ -113,6 +113,51 @@ def scan_fwd(
     return y, finals, chunks
 
 
+def backward_arguments(
+    module: ModuleType,
+    dy: Tensor | None,
+    dfinal_states: tuple[Tensor | None, ...],
+    sides: tuple[Direction, ...],
+    z: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    chunk_states: tuple[Tensor, ...],
+    *,
+    scale: float,
+    dt_softplus: bool,
+    frames: int,
+    dz: Tensor | None,
+    y: Tensor | None,
+):
+    """-> the module's ScanArgs, dz, and for each side the gradients that `scan_bwd` returns, not yet filled."""
+    x = sides[0].x
+    args = _arguments(
+        module, sides[0], z, cu_seqlens, mask, scale, dt_softplus, frames, x.dtype if dy is None else dy.dtype
+    )
+    if dz is None:
+        dz = empty(x, *(() if z is None else x.shape), dtype=x.dtype)
+    args.dy, args.dz, args.y = view(dy), view(dz if z is not None else None), view(y)
+    grads = []
+    for side, dfinal, chunks in zip(sides, dfinal_states, chunk_states, strict=True):
+        dir = _direction(module, side)
+        dx, ddt = (empty(x, *x.shape, dtype=x.dtype) for _ in range(2))
+        dA, dD, ddt_bias, dinitial = (
+            empty(x, *(t.shape if t is not None else ()), dtype=torch.float32)
+            for t in (side.A, side.D, side.dt_bias, side.initial_state)
+        )
+        dB, dC = (empty(x, *t.shape, dtype=torch.float32 if t.ndim == 2 else x.dtype) for t in (side.B, side.C))
+        dir.dfinal_state, dir.chunk_states = view(dfinal), view(chunks)
+        dir.dx, dir.ddt, dir.dA = view(dx), view(ddt), view(dA)
+        dir.dB = view(dB) if dB.ndim == 4 else (dB.data_ptr(),)
+        dir.dC = view(dC) if dC.ndim == 4 else (dC.data_ptr(),)
+        dir.dD = view(dD) if side.D is not None else None
+        dir.ddt_bias = view(ddt_bias) if side.dt_bias is not None else None
+        dir.dinitial_state = view(dinitial) if side.initial_state is not None else None
+        args.add_direction(dir)
+        grads.append((dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial))
+    return args, dz, grads
+
+
 def scan_bwd(
     dy: Tensor | None,
     dfinal_states: tuple[Tensor | None, ...],
@@ -134,31 +179,10 @@ def scan_bwd(
 
     dz: where to write it.  y, in the dtype of dy, with z: gets the output of the forward again.
     """
-    x = sides[0].x
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
-    args = _arguments(
-        _C, sides[0], z, cu_seqlens, mask, scale, dt_softplus, frames, x.dtype if dy is None else dy.dtype
-    )
-    if dz is None:
-        dz = empty(x, *(() if z is None else x.shape), dtype=x.dtype)
-    args.dy, args.dz, args.y = view(dy), view(dz), view(y)
-    grads = []
-    for side, dfinal, chunks in zip(sides, dfinal_states, chunk_states, strict=True):
-        dir = _direction(_C, side)
-        dx, ddt = (empty(x, *x.shape, dtype=x.dtype) for _ in range(2))
-        dA, dD, ddt_bias, dinitial = (
-            empty(x, *(t.shape if t is not None else ()), dtype=torch.float32)
-            for t in (side.A, side.D, side.dt_bias, side.initial_state)
-        )
-        dB, dC = (empty(x, *t.shape, dtype=torch.float32 if t.ndim == 2 else x.dtype) for t in (side.B, side.C))
-        dir.dfinal_state, dir.chunk_states = view(dfinal), view(chunks)
-        dir.dx, dir.ddt, dir.dA = view(dx), view(ddt), view(dA)
-        dir.dB = view(dB) if dB.ndim == 4 else (dB.data_ptr(),)
-        dir.dC = view(dC) if dC.ndim == 4 else (dC.data_ptr(),)
-        dir.dD = view(dD) if side.D is not None else None
-        dir.ddt_bias = view(ddt_bias) if side.dt_bias is not None else None
-        dir.dinitial_state = view(dinitial) if side.initial_state is not None else None
-        args.add_direction(dir)
-        grads.append((dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial))
+    args, dz, grads = backward_arguments(
+        _C, dy, dfinal_states, sides, z, cu_seqlens, mask, chunk_states,
+        scale=scale, dt_softplus=dt_softplus, frames=frames, dz=dz, y=y,
+    )  # fmt: skip
     _C.scan_bwd(args)
     return dz, grads

@@ -9,6 +9,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -67,12 +68,13 @@ struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
   bool done = false, at_block_barrier = false;
-  unsigned shuffles = 0;
+  unsigned shuffles = 0, products = 0;
 };
 
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<uint32_t> slots[2];  // what each thread offers in a shuffle, of every second one
+  std::vector<std::array<float, 6>> operands[2];  // likewise, in a matrix product
   std::vector<float4> shared;
   ucontext_t scheduler;
   unsigned current = 0;
@@ -102,6 +104,29 @@ inline float shuffle(float v, unsigned from_lane) {
 inline float __shfl_xor_sync(unsigned, float v, int mask) { return shuffle(v, block->current % 32 ^ mask); }
 inline float __shfl_sync(unsigned, float v, int lane) { return shuffle(v, lane); }
 inline int __shfl_sync(unsigned, int v, int lane) { return static_cast<int>(shuffle(static_cast<float>(v), lane)); }
+
+// m16n8k8 in tf32; lane 4 g + t has rows g and g + 8 of the first operand and of the result, column g of the second.
+inline void host_multiply(float (&d)[4], const float (&a)[4], float b0, float b1) {
+  Fiber& me = block->fibers[block->current];
+  std::vector<std::array<float, 6>>& slots = block->operands[me.products++ % 2];
+  float values[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  for (int i = 0; i < 6; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, &values[i], 4);
+    bits &= 0xffffe000u;
+    std::memcpy(&slots[block->current][i], &bits, 4);
+  }
+  block->yield();
+  const std::array<float, 6>* const warp = &slots[block->current / 32 * 32];
+  const unsigned g = block->current % 32 / 4, t = block->current % 4;
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned column = 2 * t + i % 2;
+    for (unsigned k = 0; k < 4; ++k) {
+      const std::array<float, 6>&left = warp[4 * g + k], &right = warp[4 * column + k];
+      d[i] += left[i / 2] * right[4] + left[2 + i / 2] * right[5];
+    }
+  }
+}
 
 inline void run_fiber() {
   block->body();
@@ -143,6 +168,7 @@ void launch(const char*, void (*kernel)(P...), int64_t blocks, int threads, size
     Block here;
     here.fibers.resize(threads);
     for (auto& slots : here.slots) slots.resize(threads);
+    for (auto& slots : here.operands) slots.resize(threads);
     // as on a GPU, what shared memory holds at first is no number
     here.shared.assign((shared + 15) / 16, make_float4(NAN, NAN, NAN, NAN));
     here.body = [&] { kernel(args...); };

@@ -22,7 +22,7 @@ from endomamba.ops.bidirectional_scan.op import bidirectional_scan_op
 from endomamba.ops.selective_scan.op import selective_scan_op
 from tests.accuracy import assert_as_accurate_as_eager
 from tests.ops import backends as on
-from tests.ops.scan_cases import cast, dtype_id, make, scan
+from tests.ops.scan_cases import cast, check_accuracy, dtype_id, make, run, scan
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_compiler = pytest.mark.skipif(
@@ -47,6 +47,7 @@ ROWS = {
     "reverse": {"reverse": True},
     "reverse-time": {"reverse": True, "order": "time", "frames": 3},
 }  # fmt: skip
+BACK_ROWS = ROWS | {"b9": {"b": 9, "l": 3}}  # more sequences than workers
 ONE_WAY, TWO_WAY = ("reverse", "reverse-time"), ("scale",)
 
 
@@ -84,7 +85,7 @@ def kernel(request, host_module, monkeypatch):
 
 
 def inputs_of(row: str, directions: int, dtype: torch.dtype) -> dict:
-    inputs = make(**({"n": 16, "dtype": dtype, "directions": directions} | ROWS[row]))
+    inputs = make(**({"n": 16, "dtype": dtype, "directions": directions} | BACK_ROWS[row]))
     if not inputs.get("dt_softplus", True):  # then dt itself must be positive
         for side in ("", "_b")[:directions]:
             inputs["dt" + side] = 0.05 * torch.nn.functional.softplus(inputs["dt" + side])
@@ -94,16 +95,18 @@ def inputs_of(row: str, directions: int, dtype: torch.dtype) -> dict:
 
 CASES = [
     (row, directions, dtype)
-    for row in ROWS
+    for row in BACK_ROWS
     for directions in (1, 2)
     for dtype in on.DTYPES.values()
     if row not in (TWO_WAY if directions == 1 else ONE_WAY) and (row == "base" or dtype != torch.float16)
 ]
 
 
-@pytest.mark.parametrize(
-    "row, directions, dtype", CASES, ids=lambda v: dtype_id(v) if isinstance(v, torch.dtype) else str(v)
-)
+def case_id(value) -> str:
+    return dtype_id(value) if isinstance(value, torch.dtype) else str(value)
+
+
+@pytest.mark.parametrize("row, directions, dtype", [case for case in CASES if case[0] in ROWS], ids=case_id)
 def test_forward(kernel, row, directions, dtype):
     inputs = inputs_of(row, directions, dtype)
     with torch.no_grad():
@@ -146,3 +149,24 @@ def test_chunk_states_both_ways(kernel):
     got, want = (bidirectional_scan_op(*args, *flags, backend)[3:] for backend in ("cuda", "reference"))
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+walk = pytest.mark.parametrize("kernel", ["walk"], indirect=True)  # the backward is one kernel
+
+
+@walk
+@pytest.mark.parametrize("row, directions, dtype", CASES, ids=case_id)
+def test_backward(kernel, row, directions, dtype):
+    check_accuracy(inputs_of(row, directions, dtype), "cuda")
+
+
+@walk
+@pytest.mark.parametrize("directions", [1, 2])
+def test_the_order_of_lanes_changes_no_bit_of_a_gradient(kernel, host_module, directions):
+    inputs = inputs_of("b9", directions, torch.float32)
+    found = []
+    for descending in (False, True):
+        host_module.descending(descending)
+        found.append(run(inputs, backend="cuda"))
+    host_module.descending(False)
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())

@@ -32,10 +32,7 @@ BACKENDS = register(
             _triton.unsupported,
         ),
         "cuda": Backend(
-            partial(rows.fwd, _scan_cuda.scan_fwd),
-            # it reads the same chunk states
-            partial(rows.bwd, _triton.lazy(SHARED, "_scan_triton", "scan_bwd")),
-            _scan_cuda.unsupported_scan,
+            partial(rows.fwd, _scan_cuda.scan_fwd), partial(rows.bwd, _scan_cuda.scan_bwd), _scan_cuda.unsupported_scan
         ),
         "cpu": Backend(partial(rows.fwd, scan_fwd), partial(rows.bwd, scan_bwd), unsupported),
         "reference": Backend(reference.fwd, reference.bwd, lambda *tensors: []),
