@@ -7,7 +7,7 @@
 // A chunk of 64 tokens, the last one first:
 //   (1) from its saved state forward, the states before every four tokens to `scratch`, which stays in L2;
 //   then four tokens at a time, the last ones first, the inputs of the four before under way:
-//   (2) forward: the states before each, in registers, their decays to shared memory; y; dC = sum of ds h;
+//   (2) forward: each token's decays and the states before it to shared memory; y; dC = sum of ds h;
 //   (3) backward: g = dh + ds C is the gradient of the state; dB = sum of g dt x, dx = dt <g, B> + D ds,
 //       dh = decay g, ddt = <dh h, A> + x <g, B>, dA = sum of dh h dt.
 // Sums over channels (dB, dC): matrix products with ones, the block's two warps added in shared memory, 128 bytes a token
@@ -26,7 +26,8 @@ namespace {
 #endif
 constexpr int kGroup = 4, kChannels = 16, kHalf = kStates / 2, kWarps = 2;
 constexpr int kGroups = kChunk / kGroup;
-constexpr int kSums = kGroup * 2 * kStates;  // dB and dC of four tokens
+constexpr int kSums = 2 * kGroup * kStates;  // dB and dC of four tokens
+static_assert(32 * kWarps == kGroup * kStates);
 
 struct BackParams {
   Side side;
@@ -45,7 +46,7 @@ struct Shared {
   float4 rows[kGroup][2][4];
   float4 steps[kGroup / 2][kChannels];
   float2 slopes[kGroup / 2][kChannels];  // ds of two tokens
-  float4 decays[kGroup][2][32];
+  float4 kept[kGroup][4][32];  // decays of a token, and the states before it
   float sums[2][kSums];
 };
 
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(32 * kWarps, ENDOMAMBA_BACK_WARPS / kWarps) sc
   const int first = (block * kWarps + warp) * kChannels, l = p.l, d = p.d;
   const bool walks = first + c < d;
   const int walked = min(first + c, d - 1), own = first + c / 2 * 2, turn = 2 * q + c % 2;
-  const bool mine = own < d, second = own + 1 < d;
+  const bool mine = own < d, second = kAligned ? mine : own + 1 < d;
   const int from = min(own, kAligned ? d - 2 : d - 1), next = min(own + 1, d - 1) - from;
   const Walk<kTime> walk(l, p.frames, s.reverse);
   const bool gate = p.z.p != nullptr;
@@ -75,9 +76,11 @@ __global__ void __launch_bounds__(32 * kWarps, ENDOMAMBA_BACK_WARPS / kWarps) sc
   const int put_row = at + lane * 16, get_row = at + q * 32;
   const int put_step = steps + q * (kChannels * 16) + c / 2 * 32 + c % 2 * 8, get_step = steps + c * 16;
   const int put_slope = slopes + q * (kChannels * 8) + c / 2 * 16 + c % 2 * 4, get_slope = slopes + c * 8;
-  const int decays = slopes + static_cast<int>(sizeof(Shared::slopes)) + lane * 16;
+  const int kept = slopes + static_cast<int>(sizeof(Shared::slopes)) + lane * 16;
   constexpr int kToSums = sizeof(Shared) - sizeof(Shared::sums);
   const int put_sum = at + kToSums + (summed(lane) / 8 * kStates + q * kHalf + summed(lane) % 8) * 4;
+
+  const int get_sum = kToSums + thread * 4;
 
   const int64_t edge = walked * int64_t{kStates} + q * kHalf;
   float A[kHalf], dA[kHalf] = {}, ones[8];
@@ -92,8 +95,8 @@ __global__ void __launch_bounds__(32 * kWarps, ENDOMAMBA_BACK_WARPS / kWarps) sc
     reinterpret_cast<float4*>(to)[0] = make_float4(v[0], v[1], v[2], v[3]);
     reinterpret_cast<float4*>(to)[1] = make_float4(v[4], v[5], v[6], v[7]);
   };
-  const auto restore = [&](float(&v)[kHalf], const float* at) {
-    const float4 a = reinterpret_cast<const float4*>(at)[0], b = reinterpret_cast<const float4*>(at)[1];
+  const auto restore = [&](float(&v)[kHalf], const float* at, int apart = 4) {
+    const float4 a = *reinterpret_cast<const float4*>(at), b = *reinterpret_cast<const float4*>(at + apart);
     v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
   };
   int buffer = 0;
@@ -104,7 +107,14 @@ __global__ void __launch_bounds__(32 * kWarps, ENDOMAMBA_BACK_WARPS / kWarps) sc
     const T* const dt = keep(static_cast<const T*>(s.dt.p) + seq * s.dt.b + from);
     const T* const row =
         keep(static_cast<const T*>(matrix.p) + seq * matrix.b + static_cast<int64_t>(lane % 4 * 4) * row_n);
-    const int64_t out = seq * l * d + own;
+    const int64_t out = seq * l * d + own, rows = seq * l * d + from;
+    const char* const dy = keep(static_cast<const char*>(p.dy.p) +
+                                (seq * p.dy.b + from) * (p.wide_dy ? 4 : static_cast<int>(sizeof(T))));
+    const T* const z = keep(static_cast<const T*>(p.z.p) + (gate ? seq * p.z.b + from : 0));
+    T* const dz = static_cast<T*>(const_cast<void*>(p.dz.p)) + (gate ? seq * p.dz.b + own : 0);
+    T* const dx = keep(static_cast<T*>(p.dx) + out);
+    T* const ddt = keep(static_cast<T*>(p.ddt) + out);
+    float* const sums = keep(p.sums + (seq * l * p.blocks + block) * (2 * kStates) + lane % kStates);
     Two<T> raw_x, raw_dt, raw_z{}, raw_dy{};
     Four<T> raw_row;
     Two<float> raw_wide{}, raw_before{};
@@ -116,14 +126,12 @@ __global__ void __launch_bounds__(32 * kWarps, ENDOMAMBA_BACK_WARPS / kWarps) sc
     };
     const auto fetch_slopes = [&](int kb) {
       const int token = walk(min(kb + turn, l - 1));
-      const int64_t to_dy = seq * p.dy.b + from;
       if (sizeof(T) < 4 && p.wide_dy)
-        raw_wide = load_two<kAligned>(offset(static_cast<const float*>(p.dy.p) + to_dy, token, p.dy.l), next);
+        raw_wide = load_two<kAligned>(reinterpret_cast<const float*>(offset(dy, token, p.dy.l)), next);
       else
-        raw_dy = load_two<kAligned>(offset(static_cast<const T*>(p.dy.p) + to_dy, token, p.dy.l), next);
-      if (gate)
-        raw_z = load_two<kAligned>(offset(static_cast<const T*>(p.z.p) + seq * p.z.b + from, token, p.z.l), next);
-      if (p.before) raw_before = load_two<kAligned>(offset(p.before + seq * l * d + from, token, d * 4), next);
+        raw_dy = load_two<kAligned>(reinterpret_cast<const T*>(offset(dy, token, p.dy.l)), next);
+      if (gate) raw_z = load_two<kAligned>(offset(z, token, p.z.l), next);
+      if (p.before) raw_before = load_two<kAligned>(offset(p.before + rows, token, d * 4), next);
     };
     float dh[kHalf] = {}, h[kHalf];
     if (p.dfinal && walks) restore(dh, p.dfinal + seq * d * kStates + edge);
@@ -154,14 +162,15 @@ __global__ void __launch_bounds__(32 * kWarps, ENDOMAMBA_BACK_WARPS / kWarps) sc
 #pragma unroll 1
       for (int group = groups - 1; group >= 0; --group) {
         const int kb = k0 + group * kGroup, k = kb + turn;
-        const bool live = k < l && mine;
-        const float x0 = live ? raw_x.template at<0>() : 0.0f, x1 = live && second ? raw_x.template at<1>() : 0.0f;
+        const bool live = k < l && mine, both = kAligned ? live : live && second;
+        // past the end of tokens or channels: dt and ds are 0, x is some element of the same channel
+        const float x0 = raw_x.template at<0>(), x1 = raw_x.template at<1>();
         const float v0 = live ? raw_dt.template at<0>() + bias0 : p.softplus.zero;
-        const float v1 = live && second ? raw_dt.template at<1>() + bias1 : p.softplus.zero;
+        const float v1 = both ? raw_dt.template at<1>() + bias1 : p.softplus.zero;
         const float dt0 = p.softplus(v0), dt1 = p.softplus(v1);
         const bool wide = sizeof(T) < 4 && p.wide_dy;
         const float dy0 = live ? p.scale * (wide ? raw_wide.at<0>() : raw_dy.template at<0>()) : 0.0f;
-        const float dy1 = live && second ? p.scale * (wide ? raw_wide.at<1>() : raw_dy.template at<1>()) : 0.0f;
+        const float dy1 = both ? p.scale * (wide ? raw_wide.at<1>() : raw_dy.template at<1>()) : 0.0f;
         const float z0 = raw_z.template at<0>(), z1 = raw_z.template at<1>();
         const float sig0 = sigmoid(z0), sig1 = sigmoid(z1);
         const float ds0 = gate ? dy0 * (z0 * sig0) : dy0, ds1 = gate ? dy1 * (z1 * sig1) : dy1;
@@ -176,7 +185,7 @@ __global__ void __launch_bounds__(32 * kWarps, ENDOMAMBA_BACK_WARPS / kWarps) sc
         fetch_steps(earlier);
         fetch_slopes(earlier);
 
-        float hs[kGroup][kHalf], part[kGroup];  // (2)
+        float part[kGroup];  // (2)
 #pragma unroll
         for (int t = 0; t < kGroup; t += 2) {
           const float4 step = *reinterpret_cast<const float4*>(memory + get_step + t / 2 * (kChannels * 16));
@@ -188,28 +197,27 @@ __global__ void __launch_bounds__(32 * kWarps, ENDOMAMBA_BACK_WARPS / kWarps) sc
             float b[kHalf], cs[kHalf], a[kHalf];
             restore(b, reinterpret_cast<const float*>(memory + get_row + (t + j) * 128));
             restore(cs, reinterpret_cast<const float*>(memory + get_row + (t + j) * 128 + 64));
+            float4* const keeps = reinterpret_cast<float4*>(memory + kept + (t + j) * 2048);
+            keeps[64] = make_float4(h[0], h[1], h[2], h[3]), keeps[96] = make_float4(h[4], h[5], h[6], h[7]);
 #pragma unroll
             for (int i = 0; i < kHalf; ++i) {
-              a[i] = ex2(dtj * A[i]), hs[t + j][i] = h[i], h[i] = fmaf(a[i], h[i], u * b[i]);
+              a[i] = ex2(dtj * A[i]), h[i] = fmaf(a[i], h[i], u * b[i]);
               part[t + j] = i == 0 ? cs[i] * h[i] : fmaf(cs[i], h[i], part[t + j]);
               products[8 * j + i] = h[i] * dsj;
             }
-            float4* const keep_a = reinterpret_cast<float4*>(memory + decays + (t + j) * 1024);
-            keep_a[0] = make_float4(a[0], a[1], a[2], a[3]), keep_a[32] = make_float4(a[4], a[5], a[6], a[7]);
+            keeps[0] = make_float4(a[0], a[1], a[2], a[3]), keeps[32] = make_float4(a[4], a[5], a[6], a[7]);
           }
           const float sum = lane_sum<kExact>(products, ones, lane);
           *reinterpret_cast<float*>(memory + put_sum + (buffer * kSums + (kGroup + t) * kStates) * 4) = sum;
         }
         const float2 y = own_sums(part, q, c % 2);
         const int token = walk(k);
-        const bool stores = live;
         {
           const float y0 = fmaf(D0, x0, y.x) + before0, y1 = fmaf(D1, x1, y.y) + before1;
-          if (p.park && stores)
+          if (p.park && live)
             store_two<kAligned>(offset(p.park + out, token, d * 4), y0, y1, second);
-          if (gate && !p.park && stores) {
+          if (gate && !p.park && live) {
             const float slope0 = sig0 * fmaf(z0, 1.0f - sig0, 1.0f), slope1 = sig1 * fmaf(z1, 1.0f - sig1, 1.0f);
-            T* const dz = static_cast<T*>(const_cast<void*>(p.dz.p)) + seq * p.dz.b + own;
             store_two<kAligned>(offset(dz, token, p.dz.l), dy0 * slope0 * y0, dy1 * slope1 * y1, second);
             if (p.y)
               store_two<kAligned>(offset(static_cast<T*>(p.y) + out, token, out_l), p.scale * (z0 * sig0) * y0,
@@ -229,16 +237,16 @@ __global__ void __launch_bounds__(32 * kWarps, ENDOMAMBA_BACK_WARPS / kWarps) sc
             float b[kHalf], cs[kHalf], a[kHalf];
             restore(b, reinterpret_cast<const float*>(memory + get_row + (t + j) * 128));
             restore(cs, reinterpret_cast<const float*>(memory + get_row + (t + j) * 128 + 64));
-            const float4* const kept = reinterpret_cast<const float4*>(memory + decays + (t + j) * 1024);
-            const float4 a0 = kept[0], a1 = kept[32];
-            a[0] = a0.x, a[1] = a0.y, a[2] = a0.z, a[3] = a0.w, a[4] = a1.x, a[5] = a1.y, a[6] = a1.z, a[7] = a1.w;
+            float before[kHalf];
+            restore(a, reinterpret_cast<const float*>(memory + kept + (t + j) * 2048), 128);
+            restore(before, reinterpret_cast<const float*>(memory + kept + (t + j) * 2048 + 1024), 128);
 #pragma unroll
             for (int i = 0; i < kHalf; ++i) {
               const float g = fmaf(dsj, cs[i], dh[i]);
               gB[t + j] = i == 0 ? g * b[i] : fmaf(g, b[i], gB[t + j]);
               products[8 * j + i] = g * u;
               dh[i] = g * a[i];
-              const float w = dh[i] * hs[t + j][i];
+              const float w = dh[i] * before[i];
               gA[t + j] = i == 0 ? w * A[i] : fmaf(w, A[i], gA[t + j]);
               dA[i] = fmaf(w, dtj, dA[i]);
             }
@@ -250,27 +258,25 @@ __global__ void __launch_bounds__(32 * kWarps, ENDOMAMBA_BACK_WARPS / kWarps) sc
         const float2 toB = own_sums(gB, q, c % 2), toA = own_sums(gA, q, c % 2);
         float ddt0 = fmaf(toA.x, kLn2, toB.x * x0), ddt1 = fmaf(toA.y, kLn2, toB.y * x1);
         if (p.smooth) ddt0 *= sigmoid(v0), ddt1 *= sigmoid(v1);
-        if (!live) ddt0 = 0.0f;
-        if (!live || !second) ddt1 = 0.0f;
-        dD.x = fmaf(ds0, x0, dD.x), dD.y = fmaf(ds1, x1, dD.y), dbias.x += ddt0, dbias.y += ddt1;
-        if (stores) {
-          store_two<kAligned>(offset(static_cast<T*>(p.dx) + out, token, out_l), fmaf(toB.x, dt0, D0 * ds0),
+        dD.x = fmaf(ds0, x0, dD.x), dD.y = fmaf(ds1, x1, dD.y);
+        dbias.x += live ? ddt0 : 0.0f, dbias.y += both ? ddt1 : 0.0f;
+        if (live) {
+          store_two<kAligned>(offset(dx, token, out_l), fmaf(toB.x, dt0, D0 * ds0),
                               fmaf(toB.y, dt1, D1 * ds1), second);
-          store_two<kAligned>(offset(static_cast<T*>(p.ddt) + out, token, out_l), ddt0, ddt1, second);
+          store_two<kAligned>(offset(ddt, token, out_l), ddt0, ddt1, second);
         }
         __syncthreads();
+        // thread: (token, state) of four tokens, first of dB, then of dC
+        const int step = kb + thread / kStates;
+        float* const to = offset(sums, walk(step), p.blocks * (2 * kStates * 4));
 #pragma unroll
-        for (int i = 0; i < kSums; i += 32 * kWarps) {
-          const int j = i + thread;  // (dB or dC, token, state)
+        for (int i = 0; i < 2; ++i) {
           float sum = 0.0f;
 #pragma unroll
           for (int w = 0; w < kWarps; ++w)
-            sum += *reinterpret_cast<const float*>(memory + w * static_cast<int>(sizeof(Shared)) + kToSums +
-                                                   (buffer * kSums + j) * 4);
-          const int step = kb + j / kStates % kGroup;
-          if (step < l)
-            p.sums[((seq * l + walk(step)) * p.blocks + block) * (2 * kStates) + j / (kGroup * kStates) * kStates +
-                   j % kStates] = sum;
+            sum += *reinterpret_cast<const float*>(memory + get_sum + w * static_cast<int>(sizeof(Shared)) +
+                                                   (buffer * kSums + i * (kSums / 2)) * 4);
+          if (step < l) store(to + i * kStates, sum);
         }
         buffer ^= 1;
       }
