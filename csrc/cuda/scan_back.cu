@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(32 * kWarps, ENDOMAMBA_BACK_WARPS / kWarps) sc
     };
     const auto fetch_slopes = [&](int kb) {
       const int token = walk(min(kb + turn, l - 1));
-      if (sizeof(T) < 4 && p.wide_dy)
+      if (!kAligned && sizeof(T) < 4 && p.wide_dy)
         raw_wide = load_two<kAligned>(reinterpret_cast<const float*>(offset(dy, token, p.dy.l)), next);
       else
         raw_dy = load_two<kAligned>(reinterpret_cast<const T*>(offset(dy, token, p.dy.l)), next);
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(32 * kWarps, ENDOMAMBA_BACK_WARPS / kWarps) sc
         const float v0 = live ? raw_dt.template at<0>() + bias0 : p.softplus.zero;
         const float v1 = both ? raw_dt.template at<1>() + bias1 : p.softplus.zero;
         const float dt0 = p.softplus(v0), dt1 = p.softplus(v1);
-        const bool wide = sizeof(T) < 4 && p.wide_dy;
+        const bool wide = !kAligned && sizeof(T) < 4 && p.wide_dy;
         const float dy0 = live ? p.scale * (wide ? raw_wide.at<0>() : raw_dy.template at<0>()) : 0.0f;
         const float dy1 = both ? p.scale * (wide ? raw_wide.at<1>() : raw_dy.template at<1>()) : 0.0f;
         const float z0 = raw_z.template at<0>(), z1 = raw_z.template at<1>();
@@ -344,7 +344,7 @@ void scan_back(const ScanArgs& a, int which, const BackMemory& m, void* stream) 
   p.scratch = m.scratch, p.sums = m.sums, p.parts = m.parts;
   p.l = f.l, p.d = f.d, p.blocks = f.blocks, p.workers = static_cast<int>(m.workers), p.frames = f.frames;
   p.b = a.b, p.scale = a.scale, p.softplus = f.softplus, p.smooth = a.softplus;
-  p.aligned = f.aligned && p.dy.width >= 2 * dy_size && (!p.dz.p || p.dz.width >= 2 * size);
+  p.aligned = f.aligned && dy_size == size && p.dy.width >= 2 * size && (!p.dz.p || p.dz.width >= 2 * size);
   switch (a.dtype) {
     case 0:
       return launch_back<float>(p, dir, stream);
