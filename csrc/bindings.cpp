@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "bindings_conv.h"
 #include "bindings_scan.h"
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
@@ -109,34 +110,7 @@ PYBIND11_MODULE(_C, m) {
 
   bind_scan_arguments(m);
 #define FIELD(type, name) def_readwrite(#name, &type::name)
-  py::class_<ConvDirection>(m, "ConvDirection")
-      .def(py::init<>())
-      .FIELD(ConvDirection, weight)
-      .FIELD(ConvDirection, bias)
-      .FIELD(ConvDirection, y)
-      .FIELD(ConvDirection, dy)
-      .FIELD(ConvDirection, dweight)
-      .FIELD(ConvDirection, dbias);
-
-  py::class_<ConvArgs>(m, "ConvArgs")
-      .def(py::init<>())
-      .FIELD(ConvArgs, b)
-      .FIELD(ConvArgs, l)
-      .FIELD(ConvArgs, d)
-      .FIELD(ConvArgs, w)
-      .FIELD(ConvArgs, frames)
-      .FIELD(ConvArgs, cu_seqlens)
-      .FIELD(ConvArgs, dtype)
-      .FIELD(ConvArgs, threads)
-      .FIELD(ConvArgs, silu)
-      .FIELD(ConvArgs, reverse)
-      .FIELD(ConvArgs, x)
-      .FIELD(ConvArgs, initial_state)
-      .FIELD(ConvArgs, final_state)
-      .FIELD(ConvArgs, dx)
-      .FIELD(ConvArgs, dfinal_state)
-      .FIELD(ConvArgs, dinitial_state)
-      .def("add_direction", [](ConvArgs& a, const ConvDirection& dir) { a.dir[a.directions++] = dir; });
+  bind_conv_arguments(m);
 
   py::class_<NormArgs>(m, "NormArgs")
       .def(py::init<>())

@@ -1,7 +1,9 @@
 // endomamba._C_cuda: the CUDA kernels' launchers.  Streams and scratch come as addresses, as a tensor's data_ptr().
 #include <pybind11/pybind11.h>
 
+#include "bindings_conv.h"
 #include "bindings_scan.h"
+#include "cuda/conv.h"
 #include "cuda/scan.h"
 
 namespace py = pybind11;
@@ -10,6 +12,7 @@ using namespace endomamba;
 PYBIND11_MODULE(_C_cuda, m) {
   m.doc() = "CUDA kernels of endomamba: pointers, sizes, strides and a stream";
   m.attr("CHUNK") = kChunk;
+  bind_conv_arguments(m);
   bind_scan_arguments(m);
 
   const auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
@@ -33,5 +36,10 @@ PYBIND11_MODULE(_C_cuda, m) {
     const auto floats = [&](uintptr_t address) { return static_cast<float*>(pointer(address)); };
     cuda::scan_back(args, which, {floats(scratch), floats(sums), floats(parts), floats(park), workers, parks},
                     pointer(stream));
+  });
+  m.def("conv_forward", [=](const ConvArgs& args, uintptr_t stream) { cuda::conv_forward(args, pointer(stream)); });
+  m.def("conv_pieces", &cuda::conv_pieces);
+  m.def("conv_backward", [=](const ConvArgs& args, int64_t workers, uintptr_t parts, uintptr_t stream) {
+    cuda::conv_backward(args, workers, static_cast<float*>(pointer(parts)), pointer(stream));
   });
 }

@@ -20,6 +20,8 @@ BOUNDS = {
     "scan_frame_kernel": (128, 64),
     "scan_back_kernel": (168, 96),
     "scan_sums_kernel": (40, 0),
+    "conv_forward_kernel": (96, 0),
+    "conv_backward_kernel": (160, 32),
 }
 
 

@@ -57,6 +57,13 @@ def unsupported_both(
     return unsupported(x) + both + _packing(cu_seqlens, mask)
 
 
+def unsupported_mixer(xz: Tensor, A=None, conv_weight=None, cu_seqlens=None) -> list[str]:
+    """What the scan and the convolution of a mixer do not take; as many tensors as the caller has."""
+    from .causal_conv1d import cuda as conv
+
+    return conv.unsupported(xz, conv_weight, cu_seqlens) + _operands(A, None, None)
+
+
 def _operands(A: Tensor | None, B: Tensor | None, C: Tensor | None, side: str = "") -> list[str]:
     why = []
     if A is not None and A.shape[1] != STATES:
@@ -75,15 +82,15 @@ def _packing(cu_seqlens: Tensor | None, mask: Tensor | None) -> list[str]:
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _stream(device: torch.device) -> int:
+def stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-def _neighbours(t: Tensor | None) -> Tensor | None:
+def neighbours(t: Tensor | None) -> Tensor | None:
     """Lanes are channels: channels must be neighbours in memory.  Other layouts are copied."""
     return t if t is None or t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()
 
@@ -98,7 +105,7 @@ def _states(t: Tensor | None) -> Tensor | None:
 
 def _side(side: Direction) -> Direction:
     return side._replace(
-        x=_neighbours(side.x), dt=_neighbours(side.dt), A=_states(side.A), initial_state=_states(side.initial_state),
+        x=neighbours(side.x), dt=neighbours(side.dt), A=_states(side.A), initial_state=_states(side.initial_state),
         D=None if side.D is None else side.D.contiguous(),
         dt_bias=None if side.dt_bias is None else side.dt_bias.contiguous(),
     )  # fmt: skip
@@ -109,7 +116,7 @@ def _piece(x: Tensor, directions: int, frames: int, save_states: bool, plan: str
     b, l, d = x.shape
     if plan == "invariant" or frames or save_states or not FRAME["least"] <= l <= most:
         return 0
-    return FRAME["piece"] if b * ((d + 15) // 16) * directions <= FRAME["warps"] * _processors(x.device) else 0
+    return FRAME["piece"] if b * ((d + 15) // 16) * directions <= FRAME["warps"] * processors(x.device) else 0
 
 
 def scan_fwd(
@@ -123,7 +130,7 @@ def scan_fwd(
     **options: bool | int | float,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """-> y, final state of each side, chunk states of each side; options as in `_scan_native.forward_arguments`."""
-    sides, z = tuple(_side(side) for side in sides), _neighbours(z)
+    sides, z = tuple(_side(side) for side in sides), neighbours(z)
     cuda = load()
     args, y, finals, chunks = forward_arguments(cuda, sides, z, cu_seqlens, mask, **options)
     x = sides[0].x
@@ -133,14 +140,14 @@ def scan_fwd(
         return y, finals, chunks
     piece = _piece(x, len(sides), options["frames"], options["save_states"], plan, cuda.frame_tokens(FRAME["piece"]))
     with on_device(x):
-        stream = _stream(x.device)
+        queue = stream(x.device)
         if piece:
-            cuda.scan_frame(args, piece, stream)
+            cuda.scan_frame(args, piece, queue)
         else:
             park = None
             if len(sides) == 2 and not cuda.walk_shared(x.shape[1]):
                 park = y if y.dtype == torch.float32 else torch.empty(x.shape, dtype=torch.float32, device=x.device)
-            cuda.scan_walk(args, 0 if park is None else park.data_ptr(), stream)
+            cuda.scan_walk(args, 0 if park is None else park.data_ptr(), queue)
     return y, finals, chunks
 
 
@@ -149,7 +156,7 @@ def _workers(x: Tensor, blocks: int, plan: str) -> int:
     b = x.shape[0]
     if plan == "invariant":
         return b
-    rounds = -(-b * blocks // (BACK_BLOCKS * max(_processors(x.device), 1)))
+    rounds = -(-b * blocks // (BACK_BLOCKS * max(processors(x.device), 1)))
     return -(-b // rounds)
 
 
@@ -173,8 +180,8 @@ def scan_bwd(
     """As `_scan_native.scan_bwd`.  Two directions are two launches, the first one's y waits in fp32."""
     x = sides[0].x
     b, l, d = x.shape
-    sides, z = tuple(_side(side) for side in sides), _neighbours(z)
-    dy = torch.zeros_like(x) if dy is None else _neighbours(dy)
+    sides, z = tuple(_side(side) for side in sides), neighbours(z)
+    dy = torch.zeros_like(x) if dy is None else neighbours(dy)
     dfinal_states = tuple(_states(t) for t in dfinal_states)
     cuda = load()
     args, dz, grads = backward_arguments(
@@ -195,7 +202,7 @@ def scan_bwd(
         for i, (side, grad) in enumerate(zip(sides, grads, strict=True)):
             cuda.scan_back(
                 args, i, scratch.data_ptr(), sums.data_ptr(), parts.data_ptr(), 0 if park is None else park.data_ptr(),
-                i == 0, workers, _stream(x.device),
+                i == 0, workers, stream(x.device),
             )  # fmt: skip
             total = parts.view(workers, -1).sum(0)
             grad[2].copy_(total[: d * STATES].view(d, STATES))

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -64,9 +65,11 @@ struct Index {
 };
 inline Index threadIdx, blockIdx, blockDim;
 
+constexpr size_t kStack = 256 * 1024;
+inline std::vector<std::unique_ptr<char[]>> stacks;  // of all threads of a block, used again by the next
+
 struct Fiber {
   ucontext_t context;
-  std::vector<char> stack;
   bool done = false, at_block_barrier = false;
   unsigned shuffles = 0, products = 0;
 };
@@ -137,10 +140,11 @@ inline void run_fiber() {
 // Every warp in turn to its next meeting point; a block barrier opens when all that still run are at it.
 inline void run_block() {
   const unsigned threads = blockDim.x;
-  for (Fiber& f : block->fibers) {
-    f.stack.resize(256 * 1024);
+  while (stacks.size() < threads) stacks.emplace_back(new char[kStack]);
+  for (unsigned i = 0; i < threads; ++i) {
+    Fiber& f = block->fibers[i];
     getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.data(), f.context.uc_stack.ss_size = f.stack.size();
+    f.context.uc_stack.ss_sp = stacks[i].get(), f.context.uc_stack.ss_size = kStack;
     f.context.uc_link = nullptr;
     makecontext(&f.context, run_fiber, 0);
   }

@@ -1,4 +1,4 @@
-"""The CUDA scans' arithmetic without a GPU: the kernels compiled for the host (cuda_host.h), beside the fp64 reference.
+"""The CUDA kernels' arithmetic without a GPU: compiled for the host (cuda_host.h), beside the fp64 reference.
 
 It proves which element every lane reads, sums and writes, and that no barrier is missing between two lanes; not speed,
 not ex2.approx, not what cp.async does in the background.
@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,12 @@ from endomamba import _nvcc
 from endomamba.ops import _extension_cuda, _scan_cuda
 from endomamba.ops._scan import CHUNK
 from endomamba.ops.bidirectional_scan.op import bidirectional_scan_op
+from endomamba.ops.frame_step import frame_step
 from endomamba.ops.selective_scan.op import selective_scan_op
 from tests.accuracy import assert_as_accurate_as_eager
 from tests.ops import backends as on
+from tests.ops import test_causal_conv1d as conv
+from tests.ops import test_mixer_inner as mixer
 from tests.ops.scan_cases import cast, check_accuracy, dtype_id, make, run, scan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,8 +82,8 @@ def kernel(request, host_module, monkeypatch):
     monkeypatch.setattr(_scan_cuda, "load", lambda: host_module)
     monkeypatch.setattr(_scan_cuda, "missing", lambda: "")
     monkeypatch.setattr(_scan_cuda, "_elsewhere", lambda x: [])
-    monkeypatch.setattr(_scan_cuda, "_stream", lambda device: 0)
-    monkeypatch.setattr(_scan_cuda, "_processors", lambda device: 132 if request.param == "frame" else 0)
+    monkeypatch.setattr(_scan_cuda, "stream", lambda device: 0)
+    monkeypatch.setattr(_scan_cuda, "processors", lambda device: 132 if request.param == "frame" else 0)
     monkeypatch.setattr(_scan_cuda, "FRAME", _scan_cuda.FRAME | {"least": 1})
     return request.param
 
@@ -170,3 +174,51 @@ def test_the_order_of_lanes_changes_no_bit_of_a_gradient(kernel, host_module, di
         found.append(run(inputs, backend="cuda"))
     host_module.descending(False)
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+# a piece is 32 steps, a lane two channels, a warp 64
+CONV_CASES = [
+    case for case in (*conv.CASES, *(replace(conv.BASE, b=1, l=l) for l in (1, 2, 32, 35, 66)))
+    if case.w == 4 and not case.lengths and case.b < 300
+]  # fmt: skip
+
+
+@walk
+@pytest.mark.parametrize("both", [False, True], ids=["causal", "both"])
+@pytest.mark.parametrize("case", CONV_CASES, ids=str)
+def test_convolution(kernel, case, both):
+    if not (both and case.reverse):
+        conv.assert_accurate(case, "cuda", both)
+
+
+@walk
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "strided"])
+def test_convolution_of_any_layout(kernel, layout):
+    conv.assert_accurate(replace(conv.BASE, dtype="bf16", layout=layout), "cuda")
+
+
+def test_what_the_convolution_refuses(kernel):
+    for case in (replace(conv.BASE, w=3), replace(conv.BASE, lengths=(4, 5))):
+        with pytest.raises(NotImplementedError, match=r"taps, the kernels have 4|cu_seqlens is not supported"):
+            conv.run(case, conv.make(case), "cuda")
+
+
+@walk
+@pytest.mark.parametrize("both", [False, True], ids=["causal", "both"])
+def test_mixer(kernel, both):
+    """mixer_inner is its parts in every gradient, through the strided views that it hands to the kernels."""
+    if both:
+        mixer.test_bidirectional_equals_its_parts_in_every_gradient("base", "cuda")
+    else:
+        mixer.test_causal_equals_its_parts_in_every_gradient("base", "cuda")
+
+
+def test_frame_step(kernel):
+    p = mixer.parameters(24, 16, 3)
+    xz, *states = mixer.inputs(2, 5, 24, 16)
+    found = []
+    for backend in ("cuda", "reference"):
+        own = [state.clone() for state in states]
+        found.append((frame_step(xz, *own, *p, backend=backend), *own))
+    for got, want in zip(*found):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
