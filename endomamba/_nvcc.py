@@ -31,10 +31,9 @@ def find_nvcc() -> str | None:
     return next((found for place in places if place and (found := shutil.which(place))), None)
 
 
-def archs_wanted(default: tuple[str, ...]) -> tuple[str, ...]:
-    """$ENDOMAMBA_CUDA_ARCHS, as "80 90" or "80;90", else the default."""
-    named = re.findall(r"\d+a?", os.environ.get("ENDOMAMBA_CUDA_ARCHS", ""))
-    return tuple(named) or default
+def archs_named() -> tuple[str, ...]:
+    """$ENDOMAMBA_CUDA_ARCHS, as "80 90" or "80;90"; without it ()."""
+    return tuple(re.findall(r"\d+a?", os.environ.get("ENDOMAMBA_CUDA_ARCHS", "")))
 
 
 def gencode(archs: tuple[str, ...]) -> list[str]:

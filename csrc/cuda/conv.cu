@@ -16,7 +16,7 @@
 namespace endomamba::cuda {
 namespace {
 
-constexpr int kPiece = 32, kAhead = 8, kLaneChannels = 2, kBlockChannels = 32 * kLaneChannels;
+constexpr int kPiece = 32, kAhead = 8, kAheadBack = 4, kLaneChannels = 2, kBlockChannels = 32 * kLaneChannels;
 
 struct ConvSide {
   const float *weight, *bias;
@@ -182,17 +182,17 @@ __global__ void __launch_bounds__(32) conv_backward_kernel(const __grid_constant
     for (int j = 1; j < kWidth; ++j) window[j] = read.at(first - kWidth + j, read.raw(first - kWidth + j));
     const int steps = end - first + kWidth - 1;
 #pragma unroll 1
-    for (int i = 0; i < steps; i += kAhead) {
-      Two<T> coming[kAhead], dy[kAhead] = {}, dy_b[kAhead] = {};
+    for (int i = 0; i < steps; i += kAheadBack) {
+      Two<T> coming[kAheadBack], dy[kAheadBack] = {}, dy_b[kAheadBack] = {};
 #pragma unroll
-      for (int t = 0; t < kAhead; ++t) {
+      for (int t = 0; t < kAheadBack; ++t) {
         const int k = first + i + t;
         coming[t] = read.raw(k);
         if (p.side[0].dy.p) dy[t] = slope_at(p.side[0], k);
         if (kBoth && p.side[1].dy.p) dy_b[t] = slope_at(p.side[1], k - kWidth + 1);
       }
 #pragma unroll
-      for (int t = 0; t < kAhead; ++t) {
+      for (int t = 0; t < kAheadBack; ++t) {
         const int k = first + i + t, m = k - kWidth + 1;
 #pragma unroll
         for (int j = 1; j < kWidth; ++j) window[j - 1] = window[j], dp[j - 1] = dp[j], dp_b[j - 1] = dp_b[j];

@@ -98,7 +98,7 @@ def built() -> Path:
     why = missing()
     if why:
         raise RuntimeError(why)
-    root, nvcc, archs = _root(), _nvcc.find_nvcc(), _nvcc.archs_wanted(_present())
+    root, nvcc, archs = _root(), _nvcc.find_nvcc(), _nvcc.archs_named() or _present()
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
