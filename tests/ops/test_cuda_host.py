@@ -8,7 +8,6 @@ import importlib.util
 import os
 import shutil
 import subprocess
-import sys
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
@@ -69,11 +68,11 @@ def host_module(tmp_path_factory):
             sources = ["-x", "c++", "-include", "cuda_host.h", *_nvcc.kernels(ROOT), _nvcc.BINDINGS]
             subprocess.run(["g++", *flags, *include, *sources, "-o", str(fresh)], cwd=ROOT, check=True)
             fresh.rename(target)
-    spec = importlib.util.spec_from_file_location("endomamba._C_cuda", target)
+    # pybind11 hands out the module that it has under a name, whatever the file
+    spec = importlib.util.spec_from_file_location("host._C_cuda", target)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    yield module
-    sys.modules.pop("endomamba._C_cuda", None)
+    return module
 
 
 @pytest.fixture(params=["walk", "frame"])
