@@ -32,14 +32,15 @@ static_assert(32 * kWarps == kGroup * kStates);
 struct BackParams {
   Side side;
   Tensor z, dy, dz;
-  const float *dfinal, *before;  // before: what the other direction parked
-  void *dx, *ddt, *y;            // y: null, or the gated output again
-  float *dstart, *park, *scratch, *sums, *parts;
+  const float* dfinal;
+  void *dx, *ddt, *y;  // y: null, or the gated output again
+  float *dstart, *parked, *scratch, *sums, *parts;
   int l, d, blocks, workers, frames;
   int64_t b;
   float scale;
   Softplus softplus;
   bool smooth, wide_dy, aligned;  // softplus is on; dy in fp32
+  bool parks, adds;               // this direction's y goes to `parked`, or is added to what lies there
 };
 
 struct Shared {
@@ -107,11 +108,12 @@ __global__ void __launch_bounds__(32 * kWarps, ENDOMAMBA_BACK_WARPS / kWarps) sc
     const T* const dt = keep(static_cast<const T*>(s.dt.p) + seq * s.dt.b + from);
     const T* const row =
         keep(static_cast<const T*>(matrix.p) + seq * matrix.b + static_cast<int64_t>(lane % 4 * 4) * row_n);
-    const int64_t out = seq * l * d + own, rows = seq * l * d + from;
+    const int64_t out = seq * l * d + from;  // from is own in lanes that store
     const char* const dy = keep(static_cast<const char*>(p.dy.p) +
                                 (seq * p.dy.b + from) * (p.wide_dy ? 4 : static_cast<int>(sizeof(T))));
     const T* const z = keep(static_cast<const T*>(p.z.p) + (gate ? seq * p.z.b + from : 0));
-    T* const dz = static_cast<T*>(const_cast<void*>(p.dz.p)) + (gate ? seq * p.dz.b + own : 0);
+    T* const dz = keep(static_cast<T*>(const_cast<void*>(p.dz.p)) + (gate ? seq * p.dz.b + from : 0));
+    float* const parked = keep(p.parked + out);
     T* const dx = keep(static_cast<T*>(p.dx) + out);
     T* const ddt = keep(static_cast<T*>(p.ddt) + out);
     float* const sums = keep(p.sums + (seq * l * p.blocks + block) * (2 * kStates) + lane % kStates);
@@ -131,7 +133,7 @@ __global__ void __launch_bounds__(32 * kWarps, ENDOMAMBA_BACK_WARPS / kWarps) sc
       else
         raw_dy = load_two<kAligned>(reinterpret_cast<const T*>(offset(dy, token, p.dy.l)), next);
       if (gate) raw_z = load_two<kAligned>(offset(z, token, p.z.l), next);
-      if (p.before) raw_before = load_two<kAligned>(offset(p.before + rows, token, d * 4), next);
+      if (p.adds) raw_before = load_two<kAligned>(offset(static_cast<const float*>(parked), token, d * 4), next);
     };
     float dh[kHalf] = {}, h[kHalf];
     if (p.dfinal && walks) restore(dh, p.dfinal + seq * d * kStates + edge);
@@ -214,9 +216,8 @@ __global__ void __launch_bounds__(32 * kWarps, ENDOMAMBA_BACK_WARPS / kWarps) sc
         const int token = walk(k);
         {
           const float y0 = fmaf(D0, x0, y.x) + before0, y1 = fmaf(D1, x1, y.y) + before1;
-          if (p.park && live)
-            store_two<kAligned>(offset(p.park + out, token, d * 4), y0, y1, second);
-          if (gate && !p.park && live) {
+          if (p.parks && live) store_two<kAligned>(offset(parked, token, d * 4), y0, y1, second);
+          if (gate && !p.parks && live) {
             const float slope0 = sig0 * fmaf(z0, 1.0f - sig0, 1.0f), slope1 = sig1 * fmaf(z1, 1.0f - sig1, 1.0f);
             store_two<kAligned>(offset(dz, token, p.dz.l), dy0 * slope0 * y0, dy1 * slope1 * y1, second);
             if (p.y)
@@ -340,7 +341,7 @@ void scan_back(const ScanArgs& a, int which, const BackMemory& m, void* stream) 
   p.dy = tensor("a stride of dy", a.dy, dy_size, 1), p.dz = tensor("a stride of dz", a.dz, size, 1);
   p.dfinal = dir.dfinal_state.at<float>(), p.dstart = dir.dinitial_state.at<float>();
   p.dx = dir.dx.p, p.ddt = dir.ddt.p, p.y = a.y.p;
-  p.park = m.parks ? m.park : nullptr, p.before = m.parks ? nullptr : m.park;
+  p.parked = m.park, p.parks = m.park && m.parks, p.adds = m.park && !m.parks;
   p.scratch = m.scratch, p.sums = m.sums, p.parts = m.parts;
   p.l = f.l, p.d = f.d, p.blocks = f.blocks, p.workers = static_cast<int>(m.workers), p.frames = f.frames;
   p.b = a.b, p.scale = a.scale, p.softplus = f.softplus, p.smooth = a.softplus;
