@@ -1,7 +1,7 @@
 // conv_forward, conv_backward: the causal depthwise convolution of one direction with its states, or both directions
 // from one reading of x.
 //
-// Grid (workers * cdiv(d, 64),), one warp a block, two neighbouring channels a lane: no lane needs another's numbers.  A
+// Grid (workers * cdiv(d, 64),), one warp a block, two neighbouring channels a lane: no lane needs another's numbers. A
 //   worker takes every workers-th piece of kPiece steps of one sequence; forward there is one worker for each.
 // Registers: the taps and the last w - 1 tokens; kAhead tokens are loaded before the first of them is used.
 // Both: at step k the window x[k-w+1 .. k] makes y[k] and, mirrored, y_b[k-w+1]; the walk goes w - 1 steps further.
@@ -214,8 +214,7 @@ __global__ void __launch_bounds__(32) conv_backward_kernel(const __grid_constant
           const float* const row = p.dfinal + states + last * int64_t{p.d};
           sum.a += row[0], sum.b += second ? row[1] : 0.0f;
         }
-        if (m >= first && m < end)
-          store_two<kAligned>(offset(dx, token_at(p, m), p.dx.l), sum.a, sum.b, second);
+        if (m >= first && m < end) store_two<kAligned>(offset(dx, token_at(p, m), p.dx.l), sum.a, sum.b, second);
         if (p.dstart && first == 0 && m < 0) {
           float* const row = p.dstart + states + k * int64_t{p.d};
           row[0] = sum.a;
@@ -238,17 +237,16 @@ __global__ void __launch_bounds__(32) conv_backward_kernel(const __grid_constant
 
 template <class T, int kWidth, bool kBoth>
 void launch_conv(const ConvParams& p, bool aligned, bool forward, void* stream) {
-  const auto kernel = forward ? (aligned ? conv_forward_kernel<T, kWidth, kBoth, true>
-                                         : conv_forward_kernel<T, kWidth, kBoth, false>)
-                              : (aligned ? conv_backward_kernel<T, kWidth, kBoth, true>
-                                         : conv_backward_kernel<T, kWidth, kBoth, false>);
+  const auto kernel =
+      forward
+          ? (aligned ? conv_forward_kernel<T, kWidth, kBoth, true> : conv_forward_kernel<T, kWidth, kBoth, false>)
+          : (aligned ? conv_backward_kernel<T, kWidth, kBoth, true> : conv_backward_kernel<T, kWidth, kBoth, false>);
   launch(forward ? "conv_forward" : "conv_backward", kernel, p.workers * p.blocks, 32, 0, stream, p);
 }
 
 template <class T>
 void launch_conv(const ConvParams& p, const ConvArgs& a, bool aligned, bool forward, void* stream) {
-  if (a.w != 4)
-    throw std::invalid_argument("conv: the CUDA kernels have 4 taps, got " + std::to_string(a.w));
+  if (a.w != 4) throw std::invalid_argument("conv: the CUDA kernels have 4 taps, got " + std::to_string(a.w));
   a.directions == 2 ? launch_conv<T, 4, true>(p, aligned, forward, stream)
                     : launch_conv<T, 4, false>(p, aligned, forward, stream);
 }

@@ -9,7 +9,8 @@ namespace endomamba::cuda {
 // cu_seqlens.  Both return when the kernel is queued on `stream` (a cudaStream_t).
 void conv_forward(const ConvArgs& args, void* stream);
 
-// parts: fp32 (workers, directions, w + 1, d), what each worker adds to dweight (w rows) and dbias; the caller adds them.
+// parts: fp32 (workers, directions, w + 1, d), what each worker adds to dweight (w rows) and dbias; the caller adds
+// them.
 void conv_backward(const ConvArgs& args, int64_t workers, float* parts, void* stream);
 int64_t conv_pieces(int64_t b, int64_t l);  // that workers share; more workers than pieces would leave some idle
 

@@ -249,7 +249,8 @@ __device__ __forceinline__ float advance(float (&h)[kStates / 2], const float (&
   float y = 0.0f;
 #pragma unroll
   for (int i = 0; i < kStates / 2; i += 4) {
-    const float4 b = reinterpret_cast<const float4*>(rows)[i / 4], c = reinterpret_cast<const float4*>(rows + 64)[i / 4];
+    const float4 b = reinterpret_cast<const float4*>(rows)[i / 4],
+                 c = reinterpret_cast<const float4*>(rows + 64)[i / 4];
     h[i] = fmaf(ex2(dt * A[i]), h[i], u * b.x), h[i + 1] = fmaf(ex2(dt * A[i + 1]), h[i + 1], u * b.y);
     h[i + 2] = fmaf(ex2(dt * A[i + 2]), h[i + 2], u * b.z), h[i + 3] = fmaf(ex2(dt * A[i + 3]), h[i + 3], u * b.w);
     y = i == 0 ? c.x * h[i] : fmaf(c.x, h[i], y);
@@ -258,8 +259,8 @@ __device__ __forceinline__ float advance(float (&h)[kStates / 2], const float (&
   return y;
 }
 
-// Half sums of four tokens of channel c in lanes c and 16 + c -> whole sums of channels 2 (c / 2) and the next, of token
-// 2 q + c % 2, in lane 16 q + c.
+// Half sums of four tokens of channel c in lanes c and 16 + c -> whole sums of channels 2 (c / 2) and the next, of
+// token 2 q + c % 2, in lane 16 q + c.
 __device__ __forceinline__ float2 own_sums(const float (&part)[4], bool q, bool odd) {
   const float first = (q ? part[2] : part[0]) + __shfl_xor_sync(kWarp, q ? part[0] : part[2], 16);
   const float second = (q ? part[3] : part[1]) + __shfl_xor_sync(kWarp, q ? part[1] : part[3], 16);
@@ -272,8 +273,9 @@ __device__ __forceinline__ void multiply(float (&d)[4], const float (&a)[4], flo
 #ifdef ENDOMAMBA_HOST
   host_multiply(d, a, b0, b1);
 #else
-  const unsigned *u = reinterpret_cast<const unsigned*>(a);
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  const unsigned* u = reinterpret_cast<const unsigned*>(a);
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(u[0]), "r"(u[1]), "r"(u[2]), "r"(u[3]), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 #endif

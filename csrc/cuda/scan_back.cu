@@ -1,6 +1,7 @@
 // scan_back: the backward scan of one direction; scan_sums adds what its blocks leave of dB and dC.
 //
-// Grid (workers * cdiv(d, 32),), two warps of 16 channels each.  A worker takes every workers-th sequence, so dA, dD and
+// Grid (workers * cdiv(d, 32),), two warps of 16 channels each.  A worker takes every workers-th sequence, so dA, dD
+// and
 //   ddt_bias stay in registers over all of them: one partial sum a worker.
 // Lanes walk and own as in scan_walk, four tokens at a time.
 // Two directions are two launches: the first leaves its y before the gate in `park`, the second adds it for dz.
@@ -10,7 +11,8 @@
 //   (2) forward: each token's decays and the states before it to shared memory; y; dC = sum of ds h;
 //   (3) backward: g = dh + ds C is the gradient of the state; dB = sum of g dt x, dx = dt <g, B> + D ds,
 //       dh = decay g, ddt = <dh h, A> + x <g, B>, dA = sum of dh h dt.
-// Sums over channels (dB, dC): matrix products with ones, the block's two warps added in shared memory, 128 bytes a token
+// Sums over channels (dB, dC): matrix products with ones, the block's two warps added in shared memory, 128 bytes a
+// token
 //   and block to `sums`.  No atomics: the same call gives the same bits.
 // Bytes: x, dt, B twice, z, dy, C once; dx, ddt, dz once; 4 bytes a channel and token to scratch and back, likewise
 //   for a first direction's y.
@@ -52,7 +54,8 @@ struct Shared {
 };
 
 template <class T, bool kTime, bool kAligned>
-__global__ void __launch_bounds__(32 * kWarps, ENDOMAMBA_BACK_WARPS / kWarps) scan_back_kernel(const __grid_constant__ BackParams p) {
+__global__ void __launch_bounds__(32 * kWarps, ENDOMAMBA_BACK_WARPS / kWarps)
+    scan_back_kernel(const __grid_constant__ BackParams p) {
   constexpr bool kExact = sizeof(T) == 4;
   constexpr float kGiven = kExact ? 1.0f : kCut;
   char* const memory = reinterpret_cast<char*>(shared_memory());
@@ -109,8 +112,8 @@ __global__ void __launch_bounds__(32 * kWarps, ENDOMAMBA_BACK_WARPS / kWarps) sc
     const T* const row =
         keep(static_cast<const T*>(matrix.p) + seq * matrix.b + static_cast<int64_t>(lane % 4 * 4) * row_n);
     const int64_t out = seq * l * d + from;  // from is own in lanes that store
-    const char* const dy = keep(static_cast<const char*>(p.dy.p) +
-                                (seq * p.dy.b + from) * (p.wide_dy ? 4 : static_cast<int>(sizeof(T))));
+    const char* const dy =
+        keep(static_cast<const char*>(p.dy.p) + (seq * p.dy.b + from) * (p.wide_dy ? 4 : static_cast<int>(sizeof(T))));
     const T* const z = keep(static_cast<const T*>(p.z.p) + (gate ? seq * p.z.b + from : 0));
     T* const dz = keep(static_cast<T*>(const_cast<void*>(p.dz.p)) + (gate ? seq * p.dz.b + from : 0));
     float* const parked = keep(p.parked + out);
@@ -147,7 +150,8 @@ __global__ void __launch_bounds__(32 * kWarps, ENDOMAMBA_BACK_WARPS / kWarps) sc
 #pragma unroll 1
       for (int group = 0; group < groups - 1; ++group) {  // (1); all tokens of these are there
         save(scratch + group * (32 * kHalf), h);
-        const float dt0 = p.softplus(raw_dt.template at<0>() + bias0), dt1 = p.softplus(raw_dt.template at<1>() + bias1);
+        const float dt0 = p.softplus(raw_dt.template at<0>() + bias0),
+                    dt1 = p.softplus(raw_dt.template at<1>() + bias1);
         __syncwarp();
         *reinterpret_cast<float2*>(memory + put_step) = make_float2(dt0, dt0 * raw_x.template at<0>());
         *reinterpret_cast<float2*>(memory + put_step + 16) = make_float2(dt1, dt1 * raw_x.template at<1>());
@@ -262,8 +266,7 @@ __global__ void __launch_bounds__(32 * kWarps, ENDOMAMBA_BACK_WARPS / kWarps) sc
         dD.x = fmaf(ds0, x0, dD.x), dD.y = fmaf(ds1, x1, dD.y);
         dbias.x += live ? ddt0 : 0.0f, dbias.y += both ? ddt1 : 0.0f;
         if (live) {
-          store_two<kAligned>(offset(dx, token, out_l), fmaf(toB.x, dt0, D0 * ds0),
-                              fmaf(toB.y, dt1, D1 * ds1), second);
+          store_two<kAligned>(offset(dx, token, out_l), fmaf(toB.x, dt0, D0 * ds0), fmaf(toB.y, dt1, D1 * ds1), second);
           store_two<kAligned>(offset(ddt, token, out_l), ddt0, ddt1, second);
         }
         __syncthreads();

@@ -12,7 +12,8 @@
 //   tokens are under way while four are walked.
 // Bytes: x, dt, z read once a direction, y written once; B and C once for every 16 channels, from L2 after the first; a
 //   parked token 4 bytes out and in.  States every 64 tokens where a backward will need them.
-// Numerics: all in fp32; A times log2(e), so a decay is one ex2; y is the sum of two halves, then D x.  A token past the
+// Numerics: all in fp32; A times log2(e), so a decay is one ex2; y is the sum of two halves, then D x.  A token past
+// the
 //   end has dt = 0 and leaves the state as it was.
 // Bound: 18 of the multi-function unit's operations for each channel and token (16 decays, softplus and gate 1 or 2).
 #include "scan_args.cuh"
@@ -29,7 +30,7 @@ constexpr size_t kParkLimit = 16 * 1024;  // more would leave a multiprocessor t
 
 // A warp's shared memory.
 struct Shared {
-  float4 rows[kGroup][2][4];            // B and C of a token
+  float4 rows[kGroup][2][4];  // B and C of a token
   float4 steps[kGroup / 2][kChannels];  // dt, dt x of two tokens
 };
 
@@ -134,7 +135,8 @@ __global__ void __launch_bounds__(kBoth ? 64 : 32, kBoth ? kWarps / 2 : kWarps)
     if (kBoth && kb + kGroup <= parks) continue;
     if (kBoth && kb <= parks) __syncthreads();  // the two directions meet here
     if (kBoth && k >= parks && live && mine) {
-      const float2 other = kAligned ? *reinterpret_cast<float2*>(parked) : make_float2(parked[0], second ? parked[1] : 0);
+      const float2 other =
+          kAligned ? *reinterpret_cast<float2*>(parked) : make_float2(parked[0], second ? parked[1] : 0);
       y0 += other.x, y1 += other.y;
     }
     y0 *= p.scale, y1 *= p.scale;
@@ -158,8 +160,9 @@ template <class T, bool kAligned>
 void launch_walk(const Params& p, const ScanArgs& a, void* stream) {
   const bool both = a.directions == 2, time = a.frames > 0;
   const size_t shared = sizeof(Shared) * (both ? 2 : 1) + (both && p.shared_park ? park_bytes(p.l) : 0);
-  const auto kernel = both ? (time ? scan_walk_kernel<T, true, true, kAligned> : scan_walk_kernel<T, true, false, kAligned>)
-                           : (time ? scan_walk_kernel<T, false, true, kAligned> : scan_walk_kernel<T, false, false, kAligned>);
+  const auto kernel =
+      both ? (time ? scan_walk_kernel<T, true, true, kAligned> : scan_walk_kernel<T, true, false, kAligned>)
+           : (time ? scan_walk_kernel<T, false, true, kAligned> : scan_walk_kernel<T, false, false, kAligned>);
   launch("scan_walk", kernel, a.b * p.blocks, both ? 64 : 32, shared, stream, p);
 }
 
