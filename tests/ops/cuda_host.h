@@ -1,9 +1,9 @@
 // Stands in for the CUDA headers when csrc/cuda is compiled for the host: -DENDOMAMBA_HOST -include cuda_host.h.
 //
 // Every thread of a block is a fiber.  A warp's fibers run one after the other from one __syncwarp or shuffle to the
-// next, so what a kernel may assume between two of them is what happens here, in one order of lanes or, with
-// `descending`, in the other: a missing barrier makes the two differ.  Copies that a GPU makes in the background are
-// made at once.
+// next, and the warps of a block one after the other from one __syncthreads to the next, so what a kernel may assume
+// between two of them is what happens here, in one order or, with `descending`, in the other: a missing barrier makes
+// the two differ.
 #pragma once
 
 #include <ucontext.h>
@@ -137,7 +137,7 @@ inline void run_fiber() {
   block->yield();
 }
 
-// Every warp in turn to its next meeting point; a block barrier opens when all that still run are at it.
+// Every warp in turn to the next block barrier, which opens when all that still run are at it.
 inline void run_block() {
   const unsigned threads = blockDim.x;
   while (stacks.size() < threads) stacks.emplace_back(new char[kStack]);
@@ -148,21 +148,24 @@ inline void run_block() {
     f.context.uc_link = nullptr;
     makecontext(&f.context, run_fiber, 0);
   }
+  const auto waits = [](const Fiber& f) { return f.done || f.at_block_barrier; };
   for (;;) {
-    bool ran = false, left = false;
-    for (unsigned i = 0; i < threads; ++i) {
-      const unsigned t = descending ? threads - 1 - i : i;
-      Fiber& f = block->fibers[t];
-      if (f.done) continue;
-      left = true;
-      if (f.at_block_barrier) continue;
-      block->current = threadIdx.x = t;
-      swapcontext(&block->scheduler, &f.context);
-      ran = true;
+    for (unsigned w = 0; w < threads; w += 32) {
+      const unsigned first = descending ? threads - 32 - w : w;
+      for (bool ran = true; ran;) {
+        ran = false;
+        for (unsigned i = 0; i < 32; ++i) {
+          const unsigned t = first + (descending ? 31 - i : i);
+          Fiber& f = block->fibers[t];
+          if (waits(f)) continue;
+          block->current = threadIdx.x = t;
+          swapcontext(&block->scheduler, &f.context);
+          ran = true;
+        }
+      }
     }
-    if (!left) return;
-    if (!ran)
-      for (Fiber& f : block->fibers) f.at_block_barrier = false;
+    if (std::all_of(block->fibers.begin(), block->fibers.end(), [](const Fiber& f) { return f.done; })) return;
+    for (Fiber& f : block->fibers) f.at_block_barrier = false;
   }
 }
 

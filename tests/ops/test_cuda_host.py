@@ -1,7 +1,7 @@
 """The CUDA kernels' arithmetic without a GPU: compiled for the host (cuda_host.h), beside the fp64 reference.
 
 It proves which element every lane reads, sums and writes, and that no barrier is missing between two lanes; not speed,
-not ex2.approx, not what cp.async does in the background.
+not ex2.approx.
 """
 
 import importlib.util
