@@ -182,6 +182,7 @@ template <class V>
 __device__ __forceinline__ V load(const void* from) {
   V v;
 #ifdef ENDOMAMBA_HOST
+  host_aligned(from, sizeof(V));
   std::memcpy(&v, from, sizeof(V));
 #else
   if constexpr (sizeof(V) == 16) {
@@ -203,6 +204,7 @@ __device__ __forceinline__ V load(const void* from) {
 template <class V>
 __device__ __forceinline__ void store(void* to, const V& v) {
 #ifdef ENDOMAMBA_HOST
+  host_aligned(to, sizeof(V));
   std::memcpy(to, &v, sizeof(V));
 #else
   if constexpr (sizeof(V) == 8) {
@@ -281,11 +283,21 @@ __device__ __forceinline__ void multiply(float (&d)[4], const float (&a)[4], flo
 #endif
 }
 
+// The nearest value of 11 bits; of a NaN some number.
+__device__ __forceinline__ float nearest_tf32(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  bits = (bits + 0x1000u) & 0xffffe000u;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+
 // Cutting a mantissa to 11 bits takes 2^-11 * 0.72 off a value on average: given back beforehand, sums have no bias.
 constexpr float kCut = 1.0f + 3.52e-4f;
 
 // Sums of 16 values over the 16 lanes of each half of a warp, by matrix products with ones.  Lane 16 q + 4 i + j gets
-// that of value `summed(lane)`.  ones[m]: 1 in lanes 4 m to 4 m + 3, else 0.  kExact: each value as two of 11 bits.
+// that of value `summed(lane)`.  ones[m]: 1 in lanes 4 m to 4 m + 3, else 0.  kExact: each value as two of 11 bits,
+// the first rounded to nearest, so what the second loses, a bit at most, has no side.
 //
 // Values 4 i to 4 i + 3 are rows 0-7 and 8-15 of the product's first operand; the second one sends them to columns 2 i
 // and 2 i + 1, so one accumulator takes all, summed over quads of lanes.  Three shuffles add the four quads of a half.
@@ -300,11 +312,8 @@ __device__ __forceinline__ float lane_sum(const float (&v)[16], const float (&on
       float low[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        uint32_t bits;
-        std::memcpy(&bits, &high[k], 4);
-        bits &= 0xffffe000u;
-        std::memcpy(&high[k], &bits, 4);
-        low[k] = v[4 * i + k] - high[k];
+        high[k] = nearest_tf32(high[k]);
+        low[k] = v[4 * i + k] - high[k];  // of a NaN: NaN
       }
       multiply(d, low, ones[2 * i], ones[2 * i + 1]);
     }

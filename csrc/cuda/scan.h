@@ -25,7 +25,7 @@ int frame_tokens(int piece);
 struct BackMemory {
   float *scratch, *sums, *parts;
   float* park;      // (b,l,d), of a call of two directions: the first one parks, the second one adds; else null
-  int64_t workers;  // 1 to b; each leaves one part of dA (d,16), dD (d,) and ddt_bias (d,) in `parts`
+  int64_t workers;  // 1 to b; each leaves one row of `parts`: dA (d,16), dD (d,), ddt_bias (d,) and up to 12 unused bytes
   bool parks;
 };
 struct BackSizes {

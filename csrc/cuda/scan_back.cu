@@ -31,6 +31,9 @@ constexpr int kGroups = kChunk / kGroup;
 constexpr int kSums = 2 * kGroup * kStates;  // dB and dC of four tokens
 static_assert(32 * kWarps == kGroup * kStates);
 
+// What one worker leaves in `parts`: dA (d,16), dD (d,), ddt_bias (d,), then up to the next 16 bytes nothing.
+__host__ __device__ constexpr int64_t part_size(int64_t d) { return (d * (kStates + 2) + 3) / 4 * 4; }
+
 struct BackParams {
   Side side;
   Tensor z, dy, dz;
@@ -287,14 +290,14 @@ __global__ void __launch_bounds__(32 * kWarps, ENDOMAMBA_BACK_WARPS / kWarps)
     }
     if (p.dstart && walks) save(p.dstart + seq * d * kStates + edge, dh);
   }
-  const int64_t part = static_cast<int64_t>(worker) * d;
-  if (walks) save(p.parts + part * (kStates + 2) + edge, dA);
+  float* const part = p.parts + worker * part_size(d);
+  if (walks) save(part + edge, dA);
 #pragma unroll
   for (int distance : {1, 16}) {
     dD.x += __shfl_xor_sync(kWarp, dD.x, distance), dD.y += __shfl_xor_sync(kWarp, dD.y, distance);
     dbias.x += __shfl_xor_sync(kWarp, dbias.x, distance), dbias.y += __shfl_xor_sync(kWarp, dbias.y, distance);
   }
-  float* const rest = p.parts + part * (kStates + 2) + int64_t{d} * kStates;
+  float* const rest = part + int64_t{d} * kStates;
   if (turn == 0 && mine) rest[own] = dD.x, rest[d + own] = dbias.x;
   if (turn == 0 && second) rest[own + 1] = dD.y, rest[d + own + 1] = dbias.y;
 }
@@ -329,7 +332,7 @@ void launch_back(const BackParams& p, const ScanDirection& dir, void* stream) {
 BackSizes scan_back_sizes(int64_t b, int64_t l, int64_t d, int64_t workers) {
   const int64_t blocks = (d + kWarps * kChannels - 1) / (kWarps * kChannels);
   return {blocks, workers * blocks * kWarps * kGroups * 32 * kHalf, b * l * blocks * 2 * kStates,
-          workers * d * (kStates + 2)};
+          workers * part_size(d)};
 }
 
 void scan_back(const ScanArgs& a, int which, const BackMemory& m, void* stream) {

@@ -209,5 +209,5 @@ def scan_bwd(
             if side.D is not None:
                 grad[5].copy_(total[d * STATES : d * STATES + d])
             if side.dt_bias is not None:
-                grad[6].copy_(total[d * STATES + d :])
+                grad[6].copy_(total[d * STATES + d : d * STATES + 2 * d])
     return dz, grads

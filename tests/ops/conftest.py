@@ -33,7 +33,7 @@ def pytest_pyfunc_call(pyfuncitem):
     """On a GPU: the CUDA kernels take less than the others and say so, which is no failure."""
     try:
         return (yield)
-    except NotImplementedError as refused:
+    except Exception as refused:  # NotImplementedError, or what opcheck makes of one
         if DEVICE == "cuda" and "backend 'cuda' cannot run this call" in str(refused):
             pytest.skip(str(refused))
         raise

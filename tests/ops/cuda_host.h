@@ -3,7 +3,7 @@
 // Every thread of a block is a fiber.  A warp's fibers run one after the other from one __syncwarp or shuffle to the
 // next, and the warps of a block one after the other from one __syncthreads to the next, so what a kernel may assume
 // between two of them is what happens here, in one order or, with `descending`, in the other: a missing barrier makes
-// the two differ.
+// the two differ.  A vector that is read or written where it is not aligned, which stops a GPU, is an error here too.
 #pragma once
 
 #include <ucontext.h>
@@ -20,6 +20,7 @@
 #include <vector>
 
 #define __global__
+#define __host__
 #define __device__
 #define __forceinline__ inline
 #define __grid_constant__
@@ -28,7 +29,7 @@
 using std::max;
 using std::min;
 
-struct float2 {
+struct alignas(8) float2 {
   float x, y;
 };
 struct alignas(16) float4 {
@@ -85,6 +86,10 @@ struct Block {
 
   void yield() { swapcontext(&fibers[current].context, &scheduler); }
 };
+inline const void* misaligned = nullptr;  // the last address that a kernel used as if it were aligned
+inline void host_aligned(const void* p, size_t size) {
+  if (reinterpret_cast<uintptr_t>(p) % size) misaligned = p;
+}
 inline Block* block = nullptr;
 inline bool descending = false;
 
@@ -170,7 +175,7 @@ inline void run_block() {
 }
 
 template <class... P, class... A>
-void launch(const char*, void (*kernel)(P...), int64_t blocks, int threads, size_t shared, void*, const A&... args) {
+void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads, size_t shared, void*, const A&... args) {
   for (int64_t b = 0; b < blocks; ++b) {
     Block here;
     here.fibers.resize(threads);
@@ -181,7 +186,25 @@ void launch(const char*, void (*kernel)(P...), int64_t blocks, int threads, size
     here.body = [&] { kernel(args...); };
     block = &here, blockIdx.x = static_cast<unsigned>(b), blockDim.x = threads;
     run_block();
+    if (misaligned) {
+      misaligned = nullptr;
+      throw std::runtime_error(std::string(name) + ": misaligned address");
+    }
   }
 }
 
 }  // namespace endomamba::cuda
+
+// -fsanitize=alignment calls it with what was asked for and where; this one stands in for that of libubsan.
+struct Mismatch {
+  const char* file;
+  unsigned line, column;
+  void* type;
+  unsigned char log_alignment;
+};
+inline void mismatch(const Mismatch* data, uintptr_t at) {
+  if (at % (uintptr_t{1} << data->log_alignment)) endomamba::cuda::misaligned = reinterpret_cast<void*>(at);
+}
+extern "C" __attribute__((visibility("hidden"), used)) inline void __ubsan_handle_type_mismatch_v1(void* data, void* at) {
+  mismatch(static_cast<Mismatch*>(data), reinterpret_cast<uintptr_t>(at));
+}

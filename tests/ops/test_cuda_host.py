@@ -64,6 +64,7 @@ def host_module(tmp_path_factory):
         if not target.exists():
             fresh = target.with_suffix(".tmp")
             flags = ["-std=c++17", "-O0", "-g0", "-shared", "-fPIC", "-DENDOMAMBA_HOST", "-Icsrc", "-Itests/ops"]
+            flags += ["-fsanitize=alignment"]
             include = [f"-I{_extension_cuda._pybind11()}", f"-I{sysconfig.get_path('include')}"]
             sources = ["-x", "c++", "-include", "cuda_host.h", *_nvcc.kernels(ROOT), _nvcc.BINDINGS]
             subprocess.run(["g++", *flags, *include, *sources, "-o", str(fresh)], cwd=ROOT, check=True)
