@@ -15,10 +15,12 @@ namespace endomamba::cuda {
 void scan_walk(const ScanArgs& args, float* park, void* stream);
 bool walk_shared(int64_t l);
 
-// scan_frame: time cut in pieces of 8 or 16 tokens (`piece`) that are walked at the same time, for one frame or a few.
-// No frames, no chunk states; `frame_tokens` is the most it takes.
-void scan_frame(const ScanArgs& args, int piece, void* stream);
-int frame_tokens(int piece);
+// scan_frame: time cut in pieces of 8 tokens that are walked at the same time, for one frame or a few on a GPU of so
+// many multiprocessors.  No frames, no chunk states; at most `frame_tokens` tokens, fewer where the GPU has less shared
+// memory than `frame_bytes` for them.
+void scan_frame(const ScanArgs& args, int64_t processors, void* stream);
+int frame_tokens();
+int64_t frame_bytes(int64_t b, int64_t l, int64_t d, int directions, int64_t processors);
 
 // scan_back: the backward of direction `which`, and dB, dC from the blocks' sums.  All memory is fp32, on the device;
 // sizes in elements.  Takes what the walk takes, and its chunk states.

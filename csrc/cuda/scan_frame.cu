@@ -1,229 +1,264 @@
 // scan_frame: the forward scan of one or two directions where sequences are few and short, as one frame of a stream.
 //
-// Grid (b * cdiv(d, 8),), a warp for every kPiece tokens: all tokens of a sequence are walked at the same time.
-// Lanes: four for each of 8 channels; lane q has states 4q to 4q + 3 of its channel for the whole piece, and for all
-// that
-//   is done once a channel (loads, softplus, D, gate, y) the piece's tokens kOwn q to kOwn q + kOwn - 1.
+// Grid (b * cdiv(d, channels),), channels so few that every multiprocessor has a block.  Time is cut in pieces of 8
+//   tokens, all walked at the same time: four lanes for each piece of each channel, whatever warp they fall in.
+// Lanes: lane q of the four has states 4 q to 4 q + 3 for the whole piece, and for all that is done once a channel and
+//   token (loads, softplus, D, gate, y) the piece's tokens 2 q and 2 q + 1.  dt and dt x go through shared memory from
+//   the lane that has a token to the four that walk it, two tokens in one word.
 // Carry: a piece is walked from zero, with the product P of its decays kept for every token: y of a token is
 //   <C, h> + <C P, state at the piece's start>.  The last h and P of all pieces go to shared memory, one thread for
-//   each channel and state walks over them in order, and every warp adds the second term.  No decay is computed twice.
-// Two directions are walked one after the other, the second one's operands on their way while the first is walked; a
-//   lane's tokens are the same in both, so their sum stays in its registers.
-// Bytes: x, dt, z, y once; B and C once for every 8 channels, from L2 after the first.
+//   each channel and state walks over them in order, and every lane adds the second term.  No decay is computed twice.
+// Two directions are walked one after the other up to their edges, which are then walked at the same time; a lane's
+//   tokens are the same in both, so their sum stays in its registers.  Three block barriers.
+// Bytes: x, dt, z, y once; B and C once for every block, from L2 after the first.
 // Numerics: all in fp32; the sum over states is one of four sums of four.
-// Bound: latency.  17 operations of the multi-function unit for each channel and token.
+// Bound: latency, then issue slots.  17 operations of the multi-function unit for each channel and token.
+#include <algorithm>
+
 #include "scan_args.cuh"
 
 namespace endomamba::cuda {
 namespace {
 
-constexpr int kChannels = 8, kPart = 4;  // channels of a block, states of a lane
-constexpr int kEdge = kChannels * kStates;
+constexpr int kPiece = 8, kLanes = 4, kPart = kStates / kLanes, kOwn = kPiece / kLanes;
+constexpr int kThreads = 608;  // 25 pieces, as of 197 tokens, of 6 channels; two directions' W leaves no room for more
+constexpr int kMostPieces = 32;
+// Floats of shared memory.  A piece's B or C: a row of 16 each token, and 16 so that two pieces share no bank.  What
+// belongs to a piece of a channel: its last h, then what it starts from; its product of decays; (dt, dt x) by token.
+constexpr int kRows = (kPiece + 1) * kStates, kUnit = 3 * kStates, kProduct = kStates, kSteps = 2 * kStates;
 
-template <int kPiece>
-struct Limits {
-  static constexpr int kThreads = kPiece == 8 ? 800 : 512;  // 25 pieces of 8 tokens, 16 of 16
+enum class Way { kForward, kReverse, kBoth };
+
+struct FrameParams {
+  Params p;
+  int channels, pieces;
+  unsigned inverse;  // of channels, times 2^16, rounded up
 };
 
-// What one lane reads for a piece of one direction, raw.
-template <class T, int kPiece>
-struct Operands {
-  static constexpr int kOwn = kPiece / 4;
-  T x[kOwn], dt[kOwn];
-  T B[kPiece / 8][kPart], C[kPiece / 8][kPart];  // of tokens lane / 4 + 8 i
-};
+// From zero over the lane's piece: adds <C, h> to y, leaves the edge in `unit`.
+template <bool kReverse>
+__device__ __forceinline__ void walk_piece(float (&y)[kPiece], float (&W)[kPiece][kPart], const float (&A)[kPart],
+                                           const float4* B, const float4* C, float* unit, int q) {
+  float h[kPart], P[kPart];
+  float4 pair = {};
+#pragma unroll
+  for (int k = 0; k < kPiece; ++k) {
+    const int t = kReverse ? kPiece - 1 - k : k;
+    if (k % 2 == 0) pair = reinterpret_cast<const float4*>(unit + kSteps)[t / 2];
+    const float dt = t % 2 ? pair.z : pair.x, u = t % 2 ? pair.w : pair.y;
+    const float4 b4 = B[t * kLanes + q], c4 = C[t * kLanes + q];
+    const float b[kPart] = {b4.x, b4.y, b4.z, b4.w}, c[kPart] = {c4.x, c4.y, c4.z, c4.w};
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) {
+      const float a = ex2(dt * A[i]);
+      h[i] = k == 0 ? u * b[i] : fmaf(a, h[i], u * b[i]), P[i] = k == 0 ? a : P[i] * a;
+      y[t] = fmaf(c[i], h[i], y[t]), W[t][i] = c[i] * P[i];
+    }
+  }
+  reinterpret_cast<float4*>(unit)[q] = make_float4(h[0], h[1], h[2], h[3]);
+  reinterpret_cast<float4*>(unit + kProduct)[q] = make_float4(P[0], P[1], P[2], P[3]);
+}
 
-template <class T, int kPiece, bool kBoth, bool kGate>
-__global__ void __launch_bounds__(Limits<kPiece>::kThreads) scan_frame_kernel(const __grid_constant__ Params p) {
-  constexpr int kOwn = kPiece / 4, kRows = kPiece / 8;
-  float4* const memory = shared_memory();
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, pieces = blockDim.x / 32;
-  const int q = lane % 4, c = lane / 4;
+template <class T, Way kWay, bool kGate>
+__global__ void __launch_bounds__(kThreads) scan_frame_kernel(const __grid_constant__ FrameParams f) {
+  constexpr int kSides = kWay == Way::kBoth ? 2 : 1;
+  const Params& p = f.p;
+  float* const memory = reinterpret_cast<float*>(shared_memory());
+  const int q = threadIdx.x % kLanes, units = blockDim.x / kLanes, unit = threadIdx.x / kLanes;
+  const int piece = static_cast<int>(static_cast<unsigned>(unit) * f.inverse >> 16), c = unit - piece * f.channels;
   const int64_t seq = blockIdx.x / p.blocks;
-  const int first = (blockIdx.x % p.blocks) * kChannels, channel = first + c;
-  const bool mine = channel < p.d;
-  const int own = min(channel, p.d - 1);
-  // this warp's B and C, then of every piece its last h (then what it starts from) and its product of decays
-  float* const B = reinterpret_cast<float*>(memory) + warp * (2 * kPiece * kStates);
-  float* const C = B + kPiece * kStates;
-  float* const edges = reinterpret_cast<float*>(memory) + pieces * (2 * kPiece * kStates);
-  float* const products = edges + pieces * kEdge;
-
-  // Token t of this piece in the order of the walk; past the end of the sequence: l or more.
-  const auto token = [&](int t, bool reverse) { return warp * kPiece + (reverse ? kPiece - 1 - t : t); };
-  const auto fetch = [&](Operands<T, kPiece>& o, const Side& s) {
-    const T* const x = static_cast<const T*>(s.x.p) + seq * s.x.b + own;
-    const T* const dt = static_cast<const T*>(s.dt.p) + seq * s.dt.b + own;
-#pragma unroll
-    for (int e = 0; e < kOwn; ++e) {
-      const int at = token(q * kOwn + e, s.reverse);
-      if (at >= p.l) continue;
-      o.x[e] = *offset(x, at, s.x.l), o.dt[e] = *offset(dt, at, s.dt.l);
-    }
-    const T* const Bs = static_cast<const T*>(s.B.p) + seq * s.B.b + static_cast<int64_t>(q * kPart) * s.B.n;
-    const T* const Cs = static_cast<const T*>(s.C.p) + seq * s.C.b + static_cast<int64_t>(q * kPart) * s.C.n;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int at = token(c + 8 * r, s.reverse);
-#pragma unroll
-      for (int i = 0; i < kPart; ++i) {
-        o.B[r][i] = o.C[r][i] = from_float<T>(0.0f);
-        if (at >= p.l) continue;
-        o.B[r][i] = offset(Bs, at, s.B.l)[static_cast<int64_t>(i) * s.B.n];
-        o.C[r][i] = offset(Cs, at, s.C.l)[static_cast<int64_t>(i) * s.C.n];
-      }
-    }
+  const int first = (blockIdx.x % p.blocks) * f.channels, channel = first + c;
+  const bool mine = piece < f.pieces && channel < p.d;
+  const int own = min(channel, p.d - 1), at0 = piece * kPiece + q * kOwn;
+  const auto rows = [&](int side, int which) { return memory + (2 * side + which) * f.pieces * kRows; };
+  const auto area = [&](int side, int index) {
+    return memory + 2 * kSides * f.pieces * kRows + (side * units + index) * kUnit;
   };
 
-  Operands<T, kPiece> next{};
-  fetch(next, p.side[0]);
-  T zs[kOwn] = {};
-  if (kGate) {
-    const T* const z = static_cast<const T*>(p.z.p) + seq * p.z.b + own;
+  T raw_x[kSides][kOwn], raw_dt[kSides][kOwn], raw_z[kOwn];
+  const auto fetch = [&](T(&to)[kOwn], const Tensor& from) {
+    const T* const start = static_cast<const T*>(from.p) + seq * from.b + own;
 #pragma unroll
-    for (int e = 0; e < kOwn; ++e)
-      if (warp * kPiece + q * kOwn + e < p.l) zs[e] = *offset(z, warp * kPiece + q * kOwn + e, p.z.l);
+    for (int e = 0; e < kOwn; ++e) to[e] = load<T>(offset(start, min(at0 + e, p.l - 1), from.l));
+  };
+  const auto fetch_row = [&](const Tensor& from, int row) {
+    const T* const at = offset(static_cast<const T*>(from.p) + seq * from.b, min(row, p.l - 1), from.l);
+    if (p.aligned) return load_four<true>(at + q * kPart, 1);
+    return load_four<false>(at + static_cast<int64_t>(q * kPart) * from.n, from.n);
+  };
+#pragma unroll
+  for (int s = 0; s < kSides; ++s) fetch(raw_dt[s], p.side[s].dt), fetch(raw_x[s], p.side[s].x);
+#pragma unroll 2
+  for (int row = unit; row < f.pieces * kPiece; row += units) {
+    Four<T> raw[kSides][2];
+#pragma unroll
+    for (int s = 0; s < kSides; ++s) raw[s][0] = fetch_row(p.side[s].B, row), raw[s][1] = fetch_row(p.side[s].C, row);
+    const int to = row * kLanes + row / kPiece * kLanes + q;
+#pragma unroll
+    for (int s = 0; s < kSides; ++s)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        reinterpret_cast<float4*>(rows(s, i))[to] =
+            row < p.l ? raw[s][i].floats() : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
-  float sum[kOwn] = {};
+
+  float W[kSides][kPiece][kPart], y[kPiece] = {}, skip[kOwn] = {};
 #pragma unroll
-  for (int turn = 0; turn < (kBoth ? 2 : 1); ++turn) {
-    const Side& s = p.side[turn];
-    const bool reverse = s.reverse;
-    const float4 A4 = reinterpret_cast<const float4*>(s.A + own * int64_t{kStates})[q];
-    const float A[kPart] = {A4.x * kLog2e, A4.y * kLog2e, A4.z * kLog2e, A4.w * kLog2e};
-    const float D = s.D ? s.D[own] : 0.0f, bias = s.bias ? s.bias[own] : 0.0f;
-    float x[kOwn], dt[kOwn];
+  for (int s = 0; s < kSides; ++s) {
+    const float D = p.side[s].D ? p.side[s].D[own] : 0.0f, bias = p.side[s].bias ? p.side[s].bias[own] : 0.0f;
+    float dt[kOwn], u[kOwn];
 #pragma unroll
     for (int e = 0; e < kOwn; ++e) {
-      const bool there = token(q * kOwn + e, reverse) < p.l;
       // past the end: decay 1 and input 0 leave the state as it was
-      x[e] = there ? to_float(next.x[e]) : 0.0f;
-      dt[e] = there ? p.softplus(to_float(next.dt[e]) + bias) : 0.0f;
+      const float x = to_float(raw_x[s][e]);
+      dt[e] = at0 + e < p.l ? p.softplus(to_float(raw_dt[s][e]) + bias) : 0.0f;
+      u[e] = at0 + e < p.l ? dt[e] * x : 0.0f;
+      skip[e] = fmaf(D, x, skip[e]);
     }
+    reinterpret_cast<float4*>(area(s, unit) + kSteps)[q] = make_float4(dt[0], u[0], dt[1], u[1]);
+  }
+  float A[kSides][kPart];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int at = (c + 8 * r) * kPart + q;
-      reinterpret_cast<float4*>(B)[at] =
-          make_float4(to_float(next.B[r][0]), to_float(next.B[r][1]), to_float(next.B[r][2]), to_float(next.B[r][3]));
-      reinterpret_cast<float4*>(C)[at] =
-          make_float4(to_float(next.C[r][0]), to_float(next.C[r][1]), to_float(next.C[r][2]), to_float(next.C[r][3]));
+  for (int s = 0; s < kSides; ++s) {
+    const float4 A4 = reinterpret_cast<const float4*>(p.side[s].A + own * int64_t{kStates})[q];
+    A[s][0] = A4.x * kLog2e, A[s][1] = A4.y * kLog2e, A[s][2] = A4.z * kLog2e, A[s][3] = A4.w * kLog2e;
+  }
+  __syncthreads();
+  const int from = min(piece, f.pieces - 1) * (kRows / 4);
+  const auto at_piece = [&](int s, int which) { return reinterpret_cast<const float4*>(rows(s, which)) + from; };
+  walk_piece<kWay == Way::kReverse>(y, W[0], A[0], at_piece(0, 0), at_piece(0, 1), area(0, unit), q);
+  if constexpr (kSides == 2)
+    walk_piece<true>(y, W[1], A[1], at_piece(1, 0), at_piece(1, 1), area(1, unit), q);
+  if (kGate) fetch(raw_z, p.z);  // on its way while the edges are walked
+  __syncthreads();
+  // the pieces' edges in walking order: a piece starts from what all before it left
+  for (int i = threadIdx.x; i < kSides * f.channels * kStates; i += blockDim.x) {
+    const int side = kSides == 2 && i >= f.channels * kStates ? 1 : 0, edge = i - side * f.channels * kStates;
+    const bool reverse = kWay == Way::kReverse || side == 1, real = first + edge / kStates < p.d;
+    const Side& s = p.side[side];
+    const int64_t at = (seq * p.d + first) * kStates + edge;
+    const int step = (reverse ? -1 : 1) * f.channels * kUnit;
+    float* slot = area(side, (reverse ? f.pieces - 1 : 0) * f.channels + edge / kStates) + edge % kStates;
+    float state = s.start && real ? s.start[at] : 0.0f;
+    constexpr int kBatch = 5;
+    float last[kBatch], product[kBatch];
+    const auto read = [&](const float* from, int k) {  // past the last piece: what leaves the state as it was
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        last[j] = k + j < f.pieces ? from[j * step] : 0.0f;
+        product[j] = k + j < f.pieces ? from[j * step + kProduct] : 1.0f;
+      }
+    };
+    read(slot, 0);
+#pragma unroll 1
+    for (int k = 0; k < f.pieces; k += kBatch) {
+      float starts[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) starts[j] = state, state = fmaf(product[j], state, last[j]);
+      read(slot + kBatch * step, k + kBatch);
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j)
+        if (k + j < f.pieces) slot[j * step] = starts[j];
+      slot += kBatch * step;
     }
-    __syncwarp();
-    if (kBoth && turn == 0) fetch(next, p.side[1]);
-
-    float h[kPart] = {}, P[kPart] = {1.0f, 1.0f, 1.0f, 1.0f}, y[kPiece], W[kPiece][kPart];
+    if (s.final && real) s.final[at] = state;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int s = 0; s < kSides; ++s) {
+    const float4 start = reinterpret_cast<const float4*>(area(s, unit))[q];
 #pragma unroll
     for (int t = 0; t < kPiece; ++t) {
-      const int owner = lane / 4 * 4 + t / kOwn;
-      const float dtt = __shfl_sync(kWarp, dt[t % kOwn], owner);
-      const float u = dtt * __shfl_sync(kWarp, x[t % kOwn], owner);
-      const float4 b4 = reinterpret_cast<const float4*>(B)[t * kPart + q];
-      const float4 c4 = reinterpret_cast<const float4*>(C)[t * kPart + q];
-      const float b[kPart] = {b4.x, b4.y, b4.z, b4.w}, cs[kPart] = {c4.x, c4.y, c4.z, c4.w};
-      y[t] = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kPart; ++i) {
-        const float a = ex2(dtt * A[i]);
-        h[i] = fmaf(a, h[i], u * b[i]), P[i] *= a;
-        y[t] = fmaf(cs[i], h[i], y[t]), W[t][i] = cs[i] * P[i];
-      }
+      y[t] = fmaf(W[s][t][0], start.x, y[t]), y[t] = fmaf(W[s][t][1], start.y, y[t]);
+      y[t] = fmaf(W[s][t][2], start.z, y[t]), y[t] = fmaf(W[s][t][3], start.w, y[t]);
     }
-    reinterpret_cast<float4*>(edges)[warp * (kEdge / 4) + lane] = make_float4(h[0], h[1], h[2], h[3]);
-    reinterpret_cast<float4*>(products)[warp * (kEdge / 4) + lane] = make_float4(P[0], P[1], P[2], P[3]);
-    __syncthreads();
-    // the pieces' edges in walking order: piece k starts from what all before it left
-    for (int i = threadIdx.x; i < kEdge; i += blockDim.x) {
-      const bool real = first + i / kStates < p.d;
-      const int64_t at = (seq * p.d + first) * kStates + i;
-      float state = s.start && real ? s.start[at] : 0.0f;
-#pragma unroll 4
-      for (int k = 0; k < pieces; ++k) {
-        const int slot = (reverse ? pieces - 1 - k : k) * kEdge + i;
-        const float last = edges[slot], product = products[slot];
-        edges[slot] = state;
-        state = fmaf(product, state, last);
-      }
-      if (s.final && real) s.final[at] = state;
-    }
-    __syncthreads();
-    const float4 start = reinterpret_cast<const float4*>(edges)[warp * (kEdge / 4) + lane];
+  }
+  // four lanes' sums of 8 tokens become one lane's 2: halves are exchanged twice
+  float four[kPiece / 2], sum[kOwn];
 #pragma unroll
-    for (int t = 0; t < kPiece; ++t)
-      y[t] += fmaf(W[t][0], start.x, W[t][1] * start.y) + fmaf(W[t][2], start.z, W[t][3] * start.w);
-    // four lanes' sums of kPiece tokens become one lane's kOwn: halves are exchanged twice
-    float two[kPiece / 2], one[kOwn];
-#pragma unroll
-    for (int t = 0; t < kPiece / 2; ++t) {
-      const bool upper = q & 2;
-      const float given = upper ? y[t] : y[t + kPiece / 2], kept = upper ? y[t + kPiece / 2] : y[t];
-      two[t] = kept + __shfl_xor_sync(kWarp, given, 2);
-    }
-#pragma unroll
-    for (int t = 0; t < kOwn; ++t) {
-      const bool upper = q & 1;
-      const float given = upper ? two[t] : two[t + kOwn], kept = upper ? two[t + kOwn] : two[t];
-      one[t] = fmaf(D, x[t], kept + __shfl_xor_sync(kWarp, given, 1));
-    }
-    // a reverse walk's last tokens are the first ones in memory
-#pragma unroll
-    for (int e = 0; e < kOwn; ++e) {
-      const float mirrored = __shfl_xor_sync(kWarp, one[kOwn - 1 - e], 3);
-      sum[e] += reverse ? mirrored : one[e];
-    }
-    if (kBoth && turn == 0) __syncthreads();  // the second direction's edges go where these were
+  for (int t = 0; t < kPiece / 2; ++t) {
+    const bool upper = q & 2;
+    const float given = upper ? y[t] : y[t + kPiece / 2], kept = upper ? y[t + kPiece / 2] : y[t];
+    four[t] = kept + __shfl_xor_sync(kWarp, given, 2);
   }
 #pragma unroll
   for (int e = 0; e < kOwn; ++e) {
-    const int at = warp * kPiece + q * kOwn + e;
+    const bool upper = q & 1;
+    const float given = upper ? four[e] : four[e + kOwn], kept = upper ? four[e + kOwn] : four[e];
+    sum[e] = kept + __shfl_xor_sync(kWarp, given, 1) + skip[e];
+  }
+#pragma unroll
+  for (int e = 0; e < kOwn; ++e) {
+    const int at = at0 + e;
     if (at >= p.l || !mine) continue;
-    float y = sum[e] * p.scale;
-    if (kGate) y *= to_float(zs[e]) * sigmoid(to_float(zs[e]));
+    sum[e] *= p.scale;
+    if (kGate) sum[e] *= to_float(raw_z[e]) * sigmoid(to_float(raw_z[e]));
     const int64_t to = (seq * p.l + at) * p.d + channel;
     if (p.wide_y)
-      static_cast<float*>(p.y)[to] = y;
+      static_cast<float*>(p.y)[to] = sum[e];
     else
-      static_cast<T*>(p.y)[to] = from_float<T>(y);
+      static_cast<T*>(p.y)[to] = from_float<T>(sum[e]);
   }
 }
 
-template <class T, int kPiece>
-void launch_frame(const Params& p, const ScanArgs& a, void* stream) {
-  const int pieces = (p.l + kPiece - 1) / kPiece;
-  if (pieces * 32 > Limits<kPiece>::kThreads)
-    throw std::invalid_argument("scan_frame: at most " + std::to_string(frame_tokens(kPiece)) +
-                                " tokens in pieces of " + std::to_string(kPiece) + ", got " + std::to_string(p.l));
-  const size_t shared = pieces * (2 * kPiece * kStates + 2 * kEdge) * sizeof(float);
-  const bool gate = p.z.p != nullptr;
-  const auto kernel =
-      a.directions == 2
-          ? (gate ? scan_frame_kernel<T, kPiece, true, true> : scan_frame_kernel<T, kPiece, true, false>)
-          : (gate ? scan_frame_kernel<T, kPiece, false, true> : scan_frame_kernel<T, kPiece, false, false>);
-  launch("scan_frame", kernel, a.b * p.blocks, pieces * 32, shared, stream, p);
+int pieces_of(int64_t l) { return static_cast<int>((l + kPiece - 1) / kPiece); }
+
+// Channels of a block: so many that no multiprocessor gets a second block, as far as a block has lanes for them.
+int channels_of(int64_t b, int64_t l, int64_t d, int64_t processors) {
+  const int64_t most = std::min<int64_t>(kThreads / kLanes / pieces_of(l), d);
+  int64_t channels = 1;
+  while (channels < most && b * ((d + channels - 1) / channels) > processors) ++channels;
+  return static_cast<int>(channels);
+}
+
+int units_of(int channels, int pieces) { return (channels * pieces + 7) / 8 * 8; }  // whole warps
+
+size_t shared_bytes(int channels, int pieces, int sides) {
+  return sides * (2 * pieces * kRows + units_of(channels, pieces) * kUnit) * sizeof(float);
+}
+
+template <class T, Way kWay>
+void launch_frame(const FrameParams& f, int64_t blocks, void* stream) {
+  const size_t shared = shared_bytes(f.channels, f.pieces, kWay == Way::kBoth ? 2 : 1);
+  const auto kernel = f.p.z.p ? scan_frame_kernel<T, kWay, true> : scan_frame_kernel<T, kWay, false>;
+  launch("scan_frame", kernel, blocks, units_of(f.channels, f.pieces) * kLanes, shared, stream, f);
 }
 
 template <class T>
-void launch_frame(const Params& p, const ScanArgs& a, int piece, void* stream) {
-  if (piece == 8) return launch_frame<T, 8>(p, a, stream);
-  if (piece == 16) return launch_frame<T, 16>(p, a, stream);
-  throw std::invalid_argument("scan_frame: pieces have 8 or 16 tokens, got " + std::to_string(piece));
+void launch_frame(const FrameParams& f, const ScanArgs& a, void* stream) {
+  const int64_t blocks = a.b * f.p.blocks;
+  if (a.directions == 2) return launch_frame<T, Way::kBoth>(f, blocks, stream);
+  a.dir[0].reverse ? launch_frame<T, Way::kReverse>(f, blocks, stream)
+                   : launch_frame<T, Way::kForward>(f, blocks, stream);
 }
 
 }  // namespace
 
-int frame_tokens(int piece) {
-  return piece == 8 ? Limits<8>::kThreads / 32 * 8 : piece == 16 ? Limits<16>::kThreads / 32 * 16 : 0;
+int frame_tokens() { return kMostPieces * kPiece; }
+
+int64_t frame_bytes(int64_t b, int64_t l, int64_t d, int directions, int64_t processors) {
+  return static_cast<int64_t>(shared_bytes(channels_of(b, l, d, processors), pieces_of(l), directions));
 }
 
-void scan_frame(const ScanArgs& a, int piece, void* stream) {
-  const Params p = params(a, kChannels);
-  if (p.frames > 0 || p.side[0].chunks) throw std::invalid_argument("scan_frame: takes no frames and saves no states");
+void scan_frame(const ScanArgs& a, int64_t processors, void* stream) {
+  if (a.l > frame_tokens())
+    throw std::invalid_argument("scan_frame: at most " + std::to_string(frame_tokens()) + " tokens, got " +
+                                std::to_string(a.l));
+  if (a.directions == 2 && (a.dir[0].reverse || !a.dir[1].reverse))
+    throw std::invalid_argument("scan_frame: of two directions the second one is the reverse one");
+  FrameParams f{};
+  f.pieces = pieces_of(a.l), f.channels = channels_of(a.b, a.l, a.d, processors);
+  f.inverse = static_cast<unsigned>((65536 + f.channels - 1) / f.channels);
+  f.p = params(a, f.channels);
+  if (f.p.frames > 0 || f.p.side[0].chunks)
+    throw std::invalid_argument("scan_frame: takes no frames and saves no states");
   switch (a.dtype) {
     case 0:
-      return launch_frame<float>(p, a, piece, stream);
+      return launch_frame<float>(f, a, stream);
     case 1:
-      return launch_frame<__nv_bfloat16>(p, a, piece, stream);
+      return launch_frame<__nv_bfloat16>(f, a, stream);
     case 2:
-      return launch_frame<__half>(p, a, piece, stream);
+      return launch_frame<__half>(f, a, stream);
   }
   throw std::invalid_argument("scan_frame: dtype must be 0, 1 or 2, got " + std::to_string(a.dtype));
 }

@@ -133,3 +133,14 @@ def load() -> ModuleType:
     spec.loader.exec_module(module)
     sys.modules[NAME] = module
     return module
+
+
+@functools.cache
+def usable() -> bool:
+    """The module is there, or was built just now.  Where that fails, a warning says why, once."""
+    try:
+        load()
+    except (RuntimeError, ImportError, OSError) as error:
+        log.warning("the CUDA C++ kernels are not used: %s", error)
+        return False
+    return True

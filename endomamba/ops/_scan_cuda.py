@@ -10,18 +10,19 @@ import functools
 import torch
 from torch import Tensor
 
+from . import _scan_cuda_table as table
 from ._backend import FP64
-from ._extension_cuda import load, missing
+from ._extension_cuda import load, missing, usable
 from ._native import DTYPES
 from ._scan import Direction
 from ._scan_native import backward_arguments, forward_arguments
 from ._triton import on_device
 
 STATES = 16  # csrc/cuda/device.cuh: kStates
-# One frame or a few: time across the warps of a block, 8 tokens a warp, where the other kernel's warps (16 channels of
-# a sequence and direction each) would leave most of the GPU idle.  Not under plan="invariant", whose choice may not
-# look at the number of sequences.
-FRAME = {"piece": 8, "least": 17, "warps": 4}  # tokens; at most so many warps of the other kernel a multiprocessor
+# One frame or a few: time across the lanes of a block, where the other kernel's warps (16 channels of a sequence and
+# direction each) would leave most of the GPU idle.  Not under plan="invariant", whose choice may not look at the number
+# of sequences.
+FRAME = {"least": 17, "warps": 4}  # tokens; at most so many warps of the other kernel a multiprocessor
 
 BACK_BLOCKS = 6  # of the backward, that a multiprocessor holds: csrc/cuda/scan_back.cu
 
@@ -55,6 +56,27 @@ def unsupported_both(
     """bidirectional_scan's tensors, as many as the caller has."""
     both = _operands(A, B, C) + _operands(None, B_b, C_b, "_b")
     return unsupported(x) + both + _packing(cu_seqlens, mask)
+
+
+def faster(phase: str, *tensors: Tensor | None) -> bool:
+    """Whether selective_scan's tensors can run here and were measured faster; see `_scan_cuda_table`."""
+    return _measured(f"causal {phase}", tensors[0]) and not unsupported_scan(*tensors) and usable()
+
+
+def faster_both(phase: str, *tensors: Tensor | None) -> bool:
+    return _measured(f"both ways {phase}", tensors[0]) and not unsupported_both(*tensors) and usable()
+
+
+def _measured(phase: str, x: Tensor) -> bool:
+    if x.device.type != "cuda" or x.dtype != torch.bfloat16 or x.ndim != 3:
+        return False
+    return table.faster(phase, *x.shape) and _capability(x.device) == table.MEASURED["capability"]
+
+
+@functools.cache
+def _capability(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{major}.{minor}"
 
 
 def unsupported_mixer(xz: Tensor, A=None, conv_weight=None, cu_seqlens=None) -> list[str]:
@@ -111,12 +133,21 @@ def _side(side: Direction) -> Direction:
     )  # fmt: skip
 
 
-def _piece(x: Tensor, directions: int, frames: int, save_states: bool, plan: str, most: int) -> int:
-    """Tokens of a piece for `scan_frame`, 0: `scan_walk` runs."""
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a block may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def _as_frame(cuda, x: Tensor, directions: int, frames: int, save_states: bool, plan: str) -> bool:
+    """`scan_frame` runs, not `scan_walk`."""
     b, l, d = x.shape
-    if plan == "invariant" or frames or save_states or not FRAME["least"] <= l <= most:
-        return 0
-    return FRAME["piece"] if b * ((d + 15) // 16) * directions <= FRAME["warps"] * processors(x.device) else 0
+    if plan == "invariant" or frames or save_states or not FRAME["least"] <= l <= cuda.frame_tokens():
+        return False
+    many = processors(x.device)
+    if b * ((d + 15) // 16) * directions > FRAME["warps"] * many:
+        return False
+    return cuda.frame_bytes(b, l, d, directions, many) <= _shared_memory(x.device)
 
 
 def scan_fwd(
@@ -138,11 +169,11 @@ def scan_fwd(
         for side, final in zip(sides, finals, strict=True):
             final.copy_(side.initial_state) if side.initial_state is not None and final.numel() else final.zero_()
         return y, finals, chunks
-    piece = _piece(x, len(sides), options["frames"], options["save_states"], plan, cuda.frame_tokens(FRAME["piece"]))
+    frame = _as_frame(cuda, x, len(sides), options["frames"], options["save_states"], plan)
     with on_device(x):
         queue = stream(x.device)
-        if piece:
-            cuda.scan_frame(args, piece, queue)
+        if frame:
+            cuda.scan_frame(args, processors(x.device), queue)
         else:
             park = None
             if len(sides) == 2 and not cuda.walk_shared(x.shape[1]):

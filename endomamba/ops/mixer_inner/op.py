@@ -24,6 +24,7 @@ BACKENDS = register(
     {
         "triton": Backend(partial(compose.fwd, "triton"), partial(compose.bwd, "triton"), _triton.unsupported),
         "cuda": Backend(partial(compose.fwd, "cuda"), partial(compose.bwd, "cuda"), unsupported_cuda),
+        "auto": Backend(partial(compose.fwd, "auto"), partial(compose.bwd, "auto"), _triton.unsupported),
         "cpu": Backend(native.fwd, partial(compose.bwd, "cpu"), native.unsupported),
         "reference": Backend(partial(compose.fwd, "reference"), partial(compose.bwd, "reference"), lambda *_: []),
     },

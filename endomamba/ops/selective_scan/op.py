@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import _scan_cuda, _triton
-from .._backend import Backend, choose, register
+from .._backend import Backend, choose, measured_phase, register
 from .._native import unsupported
 from .._scan import chunk_states_shape, empty, state_dtype
 from .._scan_native import scan_bwd, scan_fwd
@@ -32,7 +32,10 @@ BACKENDS = register(
             _triton.unsupported,
         ),
         "cuda": Backend(
-            partial(rows.fwd, _scan_cuda.scan_fwd), partial(rows.bwd, _scan_cuda.scan_bwd), _scan_cuda.unsupported_scan
+            partial(rows.fwd, _scan_cuda.scan_fwd),
+            partial(rows.bwd, _scan_cuda.scan_bwd),
+            _scan_cuda.unsupported_scan,
+            _scan_cuda.faster,
         ),
         "cpu": Backend(partial(rows.fwd, scan_fwd), partial(rows.bwd, scan_bwd), unsupported),
         "reference": Backend(reference.fwd, reference.bwd, lambda *tensors: []),
@@ -65,7 +68,8 @@ def selective_scan_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> y (b, l, d), final_state (sequences, d, n), chunk_states (see `_scan.chunk_states_shape`)."""
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, mask)
-    return choose("selective_scan", backend, *tensors).fwd(
+    phase = measured_phase("saving" if save_states else "forward", frames, plan)
+    return choose("selective_scan", backend, *tensors, phase=phase).fwd(
         *tensors,
         dt_softplus, reverse, frames, max_seqlen, return_final_state, save_states, out_fp32, plan,
     )  # fmt: skip
@@ -109,7 +113,8 @@ def selective_scan_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state.  dy or dfinal_state may be absent: zero."""
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, mask)
-    return choose("selective_scan", backend, *tensors).bwd(
+    phase = measured_phase("backward", frames, plan)
+    return choose("selective_scan", backend, *tensors, phase=phase).bwd(
         dy, dfinal_state, *tensors, chunk_states,
         dt_softplus, reverse, frames, max_seqlen, plan,
     )  # fmt: skip
