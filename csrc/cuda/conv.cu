@@ -268,15 +268,7 @@ void run(const ConvArgs& a, int64_t workers, float* parts, bool forward, void* s
   p.blocks = static_cast<int>((a.d + kBlockChannels - 1) / kBlockChannels);
   p.each = static_cast<int>((a.l + kPiece - 1) / kPiece), p.pieces = conv_pieces(a.b, a.l);
   p.workers = workers, p.frames = static_cast<int>(a.frames), p.silu = a.silu, p.reverse = a.reverse;
-  switch (a.dtype) {
-    case 0:
-      return launch_conv<float>(p, a, aligned, forward, stream);
-    case 1:
-      return launch_conv<__nv_bfloat16>(p, a, aligned, forward, stream);
-    case 2:
-      return launch_conv<__half>(p, a, aligned, forward, stream);
-  }
-  throw std::invalid_argument("conv: dtype must be 0, 1 or 2, got " + std::to_string(a.dtype));
+  with_dtype(a.dtype, "conv", [&](auto zero) { launch_conv<decltype(zero)>(p, a, aligned, forward, stream); });
 }
 
 }  // namespace

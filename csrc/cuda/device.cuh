@@ -325,6 +325,23 @@ __device__ __forceinline__ float lane_sum(const float (&v)[16], const float (&on
   return (q ? s1 : s0) + __shfl_xor_sync(kWarp, q ? s0 : s1, 4);
 }
 
+// f of a value of the element type that `dtype` names.  ENDOMAMBA_BF16_ONLY leaves the others out, which the tests of all
+// architectures' registers have no time for.
+template <class F>
+void with_dtype(int dtype, const char* name, const F& f) {
+  switch (dtype) {
+    case 1:
+      return f(__nv_bfloat16{});
+#ifndef ENDOMAMBA_BF16_ONLY
+    case 0:
+      return f(float{});
+    case 2:
+      return f(__half{});
+#endif
+  }
+  throw std::invalid_argument(std::string(name) + ": dtype must be 0, 1 or 2, got " + std::to_string(dtype));
+}
+
 #ifndef ENDOMAMBA_HOST
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;

@@ -352,15 +352,7 @@ void scan_back(const ScanArgs& a, int which, const BackMemory& m, void* stream) 
   p.l = f.l, p.d = f.d, p.blocks = f.blocks, p.workers = static_cast<int>(m.workers), p.frames = f.frames;
   p.b = a.b, p.scale = a.scale, p.softplus = f.softplus, p.smooth = a.softplus;
   p.aligned = f.aligned && dy_size == size && p.dy.width >= 2 * size && (!p.dz.p || p.dz.width >= 2 * size);
-  switch (a.dtype) {
-    case 0:
-      return launch_back<float>(p, dir, stream);
-    case 1:
-      return launch_back<__nv_bfloat16>(p, dir, stream);
-    case 2:
-      return launch_back<__half>(p, dir, stream);
-  }
-  throw std::invalid_argument("scan_back: dtype must be 0, 1 or 2, got " + std::to_string(a.dtype));
+  with_dtype(a.dtype, "scan_back", [&](auto zero) { launch_back<decltype(zero)>(p, dir, stream); });
 }
 
 }  // namespace endomamba::cuda

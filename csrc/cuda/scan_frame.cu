@@ -252,15 +252,7 @@ void scan_frame(const ScanArgs& a, int64_t processors, void* stream) {
   f.p = params(a, f.channels);
   if (f.p.frames > 0 || f.p.side[0].chunks)
     throw std::invalid_argument("scan_frame: takes no frames and saves no states");
-  switch (a.dtype) {
-    case 0:
-      return launch_frame<float>(f, a, stream);
-    case 1:
-      return launch_frame<__nv_bfloat16>(f, a, stream);
-    case 2:
-      return launch_frame<__half>(f, a, stream);
-  }
-  throw std::invalid_argument("scan_frame: dtype must be 0, 1 or 2, got " + std::to_string(a.dtype));
+  with_dtype(a.dtype, "scan_frame", [&](auto zero) { launch_frame<decltype(zero)>(f, a, stream); });
 }
 
 }  // namespace endomamba::cuda

@@ -180,15 +180,7 @@ void scan_walk(const ScanArgs& a, float* park, void* stream) {
   p.park = park, p.shared_park = park == nullptr;
   if (a.directions == 2 && !park && !walk_shared(a.l))
     throw std::invalid_argument("scan_walk: " + std::to_string(a.l) + " tokens need memory to park them");
-  switch (a.dtype) {
-    case 0:
-      return launch_walk<float>(p, a, stream);
-    case 1:
-      return launch_walk<__nv_bfloat16>(p, a, stream);
-    case 2:
-      return launch_walk<__half>(p, a, stream);
-  }
-  throw std::invalid_argument("scan_walk: dtype must be 0, 1 or 2, got " + std::to_string(a.dtype));
+  with_dtype(a.dtype, "scan_walk", [&](auto zero) { launch_walk<decltype(zero)>(p, a, stream); });
 }
 
 }  // namespace endomamba::cuda
