@@ -1,6 +1,6 @@
 """csrc/cuda compiles for every architecture a wheel has, within bounds of registers and spills.
 
-In bf16 alone, which has every path of the others; the slow run compiles all three dtypes.  Without nvcc they are skipped.
+In bf16 alone, which has every path of the others; the slow run compiles all dtypes.  Without nvcc they are skipped.
 """
 
 import re
