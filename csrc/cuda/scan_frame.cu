@@ -33,6 +33,7 @@ struct FrameParams {
   Params p;
   int channels, pieces;
   unsigned inverse;  // of channels, times 2^16, rounded up
+  bool one;  // sequence
 };
 
 // From zero over the lane's piece: adds <C, h> to y, leaves the edge in `unit`.
@@ -66,8 +67,8 @@ __global__ void __launch_bounds__(kThreads) scan_frame_kernel(const __grid_const
   float* const memory = reinterpret_cast<float*>(shared_memory());
   const int q = threadIdx.x % kLanes, units = blockDim.x / kLanes, unit = threadIdx.x / kLanes;
   const int piece = static_cast<int>(static_cast<unsigned>(unit) * f.inverse >> 16), c = unit - piece * f.channels;
-  const int64_t seq = blockIdx.x / p.blocks;
-  const int first = (blockIdx.x % p.blocks) * f.channels, channel = first + c;
+  const int64_t seq = f.one ? 0 : blockIdx.x / p.blocks;  // a division takes as long as a read of L2
+  const int first = static_cast<int>(blockIdx.x - seq * p.blocks) * f.channels, channel = first + c;
   const bool mine = piece < f.pieces && channel < p.d;
   const int own = min(channel, p.d - 1), at0 = piece * kPiece + q * kOwn;
   const auto rows = [&](int side, int which) { return memory + (2 * side + which) * f.pieces * kRows; };
@@ -75,53 +76,86 @@ __global__ void __launch_bounds__(kThreads) scan_frame_kernel(const __grid_const
     return memory + 2 * kSides * f.pieces * kRows + (side * units + index) * kUnit;
   };
 
-  T raw_x[kSides][kOwn], raw_dt[kSides][kOwn], raw_z[kOwn];
+  // All that is read is asked for before any of it is used: one latency of the memory, not one after the other.
+  constexpr int kTurns = 2;  // rows of B and C that a lane brings at once; 25 pieces of 6 channels need no more
+  T raw_x[kSides][kOwn], raw_dt[kSides][kOwn], raw_z[kOwn] = {};
+  Four<T> raw_rows[kTurns][kSides][2];
+  float4 raw_A[kSides];
+  float D[kSides], bias[kSides];
   const auto fetch = [&](T(&to)[kOwn], const Tensor& from) {
     const T* const start = static_cast<const T*>(from.p) + seq * from.b + own;
 #pragma unroll
     for (int e = 0; e < kOwn; ++e) to[e] = load<T>(offset(start, min(at0 + e, p.l - 1), from.l));
   };
-  const auto fetch_row = [&](const Tensor& from, int row) {
-    const T* const at = offset(static_cast<const T*>(from.p) + seq * from.b, min(row, p.l - 1), from.l);
-    if (p.aligned) return load_four<true>(at + q * kPart, 1);
-    return load_four<false>(at + static_cast<int64_t>(q * kPart) * from.n, from.n);
+  const auto fetch_rows = [&](int row, auto aligned) {
+    const auto four = [&](const Tensor& from, int at) {
+      const T* const start = static_cast<const T*>(from.p) + seq * from.b + static_cast<int64_t>(q * kPart) * from.n;
+      return load_four<decltype(aligned)::value>(offset(start, at, from.l), from.n);
+    };
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      const int at = min(row + turn * units, p.l - 1);
+#pragma unroll
+      for (int s = 0; s < kSides; ++s)
+        raw_rows[turn][s][0] = four(p.side[s].B, at), raw_rows[turn][s][1] = four(p.side[s].C, at);
+    }
+  };
+  const auto put_rows = [&](int row) {
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn, row += units) {
+      if (row >= f.pieces * kPiece) break;
+      const int to = row * kLanes + row / kPiece * kLanes + q;
+#pragma unroll
+      for (int s = 0; s < kSides; ++s)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          reinterpret_cast<float4*>(rows(s, i))[to] =
+              row < p.l ? raw_rows[turn][s][i].floats() : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
   };
 #pragma unroll
   for (int s = 0; s < kSides; ++s) fetch(raw_dt[s], p.side[s].dt), fetch(raw_x[s], p.side[s].x);
-#pragma unroll 2
-  for (int row = unit; row < f.pieces * kPiece; row += units) {
-    Four<T> raw[kSides][2];
-#pragma unroll
-    for (int s = 0; s < kSides; ++s) raw[s][0] = fetch_row(p.side[s].B, row), raw[s][1] = fetch_row(p.side[s].C, row);
-    const int to = row * kLanes + row / kPiece * kLanes + q;
-#pragma unroll
-    for (int s = 0; s < kSides; ++s)
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        reinterpret_cast<float4*>(rows(s, i))[to] =
-            row < p.l ? raw[s][i].floats() : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  }
-
-  float W[kSides][kPiece][kPart], y[kPiece] = {}, skip[kOwn] = {};
+  if (p.aligned)
+    fetch_rows(unit, std::true_type());
+  else
+    fetch_rows(unit, std::false_type());
 #pragma unroll
   for (int s = 0; s < kSides; ++s) {
-    const float D = p.side[s].D ? p.side[s].D[own] : 0.0f, bias = p.side[s].bias ? p.side[s].bias[own] : 0.0f;
+    D[s] = p.side[s].D ? load<float>(p.side[s].D + own) : 0.0f;
+    bias[s] = p.side[s].bias ? load<float>(p.side[s].bias + own) : 0.0f;
+    raw_A[s] = load<float4>(p.side[s].A + own * int64_t{kStates} + q * kPart);
+  }
+  if (kGate) fetch(raw_z, p.z);
+  // of the edge that this thread will walk first, see below
+  const auto start_of = [&](int i) {
+    const int side = kSides == 2 && i >= f.channels * kStates ? 1 : 0, edge = i - side * f.channels * kStates;
+    const Side& s = p.side[side];
+    if (!s.start || i >= kSides * f.channels * kStates || first + edge / kStates >= p.d) return 0.0f;
+    return load<float>(s.start + (seq * p.d + first) * kStates + edge);
+  };
+  const float first_start = start_of(threadIdx.x);
+
+  float W[kSides][kPiece][kPart], A[kSides][kPart], y[kPiece] = {}, skip[kOwn] = {};
+#pragma unroll
+  for (int s = 0; s < kSides; ++s) {
     float dt[kOwn], u[kOwn];
 #pragma unroll
     for (int e = 0; e < kOwn; ++e) {
       // past the end: decay 1 and input 0 leave the state as it was
       const float x = to_float(raw_x[s][e]);
-      dt[e] = at0 + e < p.l ? p.softplus(to_float(raw_dt[s][e]) + bias) : 0.0f;
+      dt[e] = at0 + e < p.l ? p.softplus(to_float(raw_dt[s][e]) + bias[s]) : 0.0f;
       u[e] = at0 + e < p.l ? dt[e] * x : 0.0f;
-      skip[e] = fmaf(D, x, skip[e]);
+      skip[e] = fmaf(D[s], x, skip[e]);
     }
     reinterpret_cast<float4*>(area(s, unit) + kSteps)[q] = make_float4(dt[0], u[0], dt[1], u[1]);
+    A[s][0] = raw_A[s].x * kLog2e, A[s][1] = raw_A[s].y * kLog2e;
+    A[s][2] = raw_A[s].z * kLog2e, A[s][3] = raw_A[s].w * kLog2e;
   }
-  float A[kSides][kPart];
-#pragma unroll
-  for (int s = 0; s < kSides; ++s) {
-    const float4 A4 = reinterpret_cast<const float4*>(p.side[s].A + own * int64_t{kStates})[q];
-    A[s][0] = A4.x * kLog2e, A[s][1] = A4.y * kLog2e, A[s][2] = A4.z * kLog2e, A[s][3] = A4.w * kLog2e;
+  put_rows(unit);
+#pragma unroll 1
+  for (int row = unit + kTurns * units; row < f.pieces * kPiece; row += kTurns * units) {
+    fetch_rows(row, std::false_type());
+    put_rows(row);
   }
   __syncthreads();
   const int from = min(piece, f.pieces - 1) * (kRows / 4);
@@ -129,7 +163,6 @@ __global__ void __launch_bounds__(kThreads) scan_frame_kernel(const __grid_const
   walk_piece<kWay == Way::kReverse>(y, W[0], A[0], at_piece(0, 0), at_piece(0, 1), area(0, unit), q);
   if constexpr (kSides == 2)
     walk_piece<true>(y, W[1], A[1], at_piece(1, 0), at_piece(1, 1), area(1, unit), q);
-  if (kGate) fetch(raw_z, p.z);  // on its way while the edges are walked
   __syncthreads();
   // the pieces' edges in walking order: a piece starts from what all before it left
   for (int i = threadIdx.x; i < kSides * f.channels * kStates; i += blockDim.x) {
@@ -139,7 +172,7 @@ __global__ void __launch_bounds__(kThreads) scan_frame_kernel(const __grid_const
     const int64_t at = (seq * p.d + first) * kStates + edge;
     const int step = (reverse ? -1 : 1) * f.channels * kUnit;
     float* slot = area(side, (reverse ? f.pieces - 1 : 0) * f.channels + edge / kStates) + edge % kStates;
-    float state = s.start && real ? s.start[at] : 0.0f;
+    float state = i < static_cast<int>(blockDim.x) ? first_start : start_of(i);
     constexpr int kBatch = 5;
     float last[kBatch], product[kBatch];
     const auto read = [&](const float* from, int k) {  // past the last piece: what leaves the state as it was
@@ -248,7 +281,7 @@ void scan_frame(const ScanArgs& a, int64_t processors, void* stream) {
     throw std::invalid_argument("scan_frame: of two directions the second one is the reverse one");
   FrameParams f{};
   f.pieces = pieces_of(a.l), f.channels = channels_of(a.b, a.l, a.d, processors);
-  f.inverse = static_cast<unsigned>((65536 + f.channels - 1) / f.channels);
+  f.inverse = static_cast<unsigned>((65536 + f.channels - 1) / f.channels), f.one = a.b == 1;
   f.p = params(a, f.channels);
   if (f.p.frames > 0 || f.p.side[0].chunks)
     throw std::invalid_argument("scan_frame: takes no frames and saves no states");
