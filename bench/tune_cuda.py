@@ -85,7 +85,7 @@ def write_table(found: dict, measured: dict) -> None:
     head, rest = path.read_text().split("MEASURED = ", 1)
     between = rest[rest.index("# phase ->") : rest.index("RATIO = ")]
     tail = rest[rest.index("\n\n\n") :]
-    table = pprint.pformat(found, width=110, sort_dicts=False)
+    table = pprint.pformat(found, width=110, sort_dicts=False).replace("'", '"')
     path.write_text(f"{head}MEASURED = {json.dumps(measured)}\n{between}RATIO = {table}  # fmt: skip{tail}")
 
 

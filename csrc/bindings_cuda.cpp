@@ -26,10 +26,9 @@ PYBIND11_MODULE(_C_cuda, m) {
   m.def("scan_walk", [=](const ScanArgs& args, uintptr_t park, uintptr_t stream) {
     cuda::scan_walk(args, static_cast<float*>(pointer(park)), pointer(stream));
   });
-  m.def("scan_frame",
-        [=](const ScanArgs& args, int64_t processors, uintptr_t stream) {
-          cuda::scan_frame(args, processors, pointer(stream));
-        });
+  m.def("scan_frame", [=](const ScanArgs& args, int64_t processors, uintptr_t stream) {
+    cuda::scan_frame(args, processors, pointer(stream));
+  });
   m.def("scan_back_sizes", [](int64_t b, int64_t l, int64_t d, int64_t workers) {
     const cuda::BackSizes sizes = cuda::scan_back_sizes(b, l, d, workers);
     return py::make_tuple(sizes.blocks, sizes.scratch, sizes.sums, sizes.parts);

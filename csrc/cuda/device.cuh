@@ -325,8 +325,8 @@ __device__ __forceinline__ float lane_sum(const float (&v)[16], const float (&on
   return (q ? s1 : s0) + __shfl_xor_sync(kWarp, q ? s0 : s1, 4);
 }
 
-// f of a value of the element type that `dtype` names.  ENDOMAMBA_BF16_ONLY leaves the others out, which the tests of all
-// architectures' registers have no time for.
+// f of a value of the element type that `dtype` names.  ENDOMAMBA_BF16_ONLY leaves the others out, which the tests of
+// all architectures' registers have no time for.
 template <class F>
 void with_dtype(int dtype, const char* name, const F& f) {
   switch (dtype) {

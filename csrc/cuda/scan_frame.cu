@@ -161,8 +161,7 @@ __global__ void __launch_bounds__(kThreads) scan_frame_kernel(const __grid_const
   const int from = min(piece, f.pieces - 1) * (kRows / 4);
   const auto at_piece = [&](int s, int which) { return reinterpret_cast<const float4*>(rows(s, which)) + from; };
   walk_piece<kWay == Way::kReverse>(y, W[0], A[0], at_piece(0, 0), at_piece(0, 1), area(0, unit), q);
-  if constexpr (kSides == 2)
-    walk_piece<true>(y, W[1], A[1], at_piece(1, 0), at_piece(1, 1), area(1, unit), q);
+  if constexpr (kSides == 2) walk_piece<true>(y, W[1], A[1], at_piece(1, 0), at_piece(1, 1), area(1, unit), q);
   __syncthreads();
   // the pieces' edges in walking order: a piece starts from what all before it left
   for (int i = threadIdx.x; i < kSides * f.channels * kStates; i += blockDim.x) {

@@ -1,4 +1,5 @@
-"""The CUDA C++ scan of one or two directions, as both scan ops call it: what it takes, and which of its kernels runs.
+"""The CUDA C++ scan of one or two directions, as both scan ops call it: what it takes, where it is the faster one, and
+which of its kernels runs.
 
 Letters: b sequences, l tokens, d channels, n state size.
 """
@@ -36,9 +37,12 @@ def unsupported(x: Tensor, *_: Tensor | None) -> list[str]:
     return why
 
 
+def _on_gpu(x: Tensor) -> bool:
+    return x.device.type == "cuda" and torch.version.hip is None
+
+
 def _elsewhere(x: Tensor) -> list[str]:
-    here = x.device.type == "cuda" and torch.version.hip is None
-    return [] if here else [f"CUDA kernels run on an NVIDIA GPU, x is on {x.device}"]
+    return [] if _on_gpu(x) else [f"CUDA kernels run on an NVIDIA GPU, x is on {x.device}"]
 
 
 def unsupported_scan(
@@ -68,7 +72,7 @@ def faster_both(phase: str, *tensors: Tensor | None) -> bool:
 
 
 def _measured(phase: str, x: Tensor) -> bool:
-    if x.device.type != "cuda" or x.dtype != torch.bfloat16 or x.ndim != 3:
+    if not _on_gpu(x) or x.dtype != torch.bfloat16 or x.ndim != 3:
         return False
     return table.faster(phase, *x.shape) and _capability(x.device) == table.MEASURED["capability"]
 
