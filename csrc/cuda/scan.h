@@ -27,8 +27,8 @@ int64_t frame_bytes(int64_t b, int64_t l, int64_t d, int directions, int64_t pro
 struct BackMemory {
   float *scratch, *sums, *parts;
   float* park;  // (b,l,d), of a call of two directions: the first one parks, the second one adds; else null
-  int64_t
-      workers;  // 1 to b; each leaves one row of `parts`: dA (d,16), dD (d,), ddt_bias (d,) and up to 12 unused bytes
+  // 1 to b; each leaves one row of `parts`: dA (d,16), dD (d,), ddt_bias (d,) and up to 12 unused bytes
+  int64_t workers;
   bool parks;
 };
 struct BackSizes {
