@@ -101,6 +101,12 @@ def test_a_file_where_the_folder_should_be(compiler, tmp_path):
         extension.built()
 
 
+def test_switched_off(compiler, monkeypatch):
+    monkeypatch.setenv("ENDOMAMBA_CUDA", "0")
+    with pytest.raises(RuntimeError, match="switched off by ENDOMAMBA_CUDA=0"):
+        extension.built()
+
+
 def test_everything_missing_is_named(compiler, monkeypatch):
     monkeypatch.setattr(_nvcc, "find_nvcc", lambda: None)
     monkeypatch.setattr(extension, "_root", lambda: None)

@@ -1,5 +1,6 @@
 """The compiled CUDA kernels, `endomamba._C_cuda`: from the wheel, or built once at first use, or why they are missing.
 
+ENDOMAMBA_CUDA=0: neither loaded nor built, for any call.
 ENDOMAMBA_CUDA_CACHE: the folder that keeps what was built (default: endomamba in $XDG_CACHE_HOME or ~/.cache).
 ENDOMAMBA_CUDA_ARCHS: the compute capabilities to build for, as "80 90" (default: that of the present GPU).
 """
@@ -54,6 +55,8 @@ def _pybind11() -> str | None:
 @functools.cache
 def missing() -> str:
     """Why there are no CUDA kernels and none can be built; empty where there are or can be."""
+    if os.environ.get("ENDOMAMBA_CUDA") == "0":
+        return "switched off by ENDOMAMBA_CUDA=0"
     if _bundled() is not None:
         return ""
     wants = [] if _nvcc.find_nvcc() else ["no nvcc was found (CUDACXX, CUDA_HOME, PATH, /usr/local/cuda)"]
