@@ -283,42 +283,39 @@ __device__ __forceinline__ void multiply(float (&d)[4], const float (&a)[4], flo
 #endif
 }
 
-// The nearest value of 11 bits; of a NaN some number.
-__device__ __forceinline__ float nearest_tf32(float v) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  bits = (bits + 0x1000u) & 0xffffe000u;
-  std::memcpy(&v, &bits, 4);
-  return v;
-}
-
 // Cutting a mantissa to 11 bits takes 2^-11 * 0.72 off a value on average: given back beforehand, sums have no bias.
 constexpr float kCut = 1.0f + 3.52e-4f;
 
-// Sums of 16 values over the 16 lanes of each half of a warp, by matrix products with ones.  Lane 16 q + 4 i + j gets
-// that of value `summed(lane)`.  ones[m]: 1 in lanes 4 m to 4 m + 3, else 0.  kExact: each value as two of 11 bits,
-// the first rounded to nearest, so what the second loses, a bit at most, has no side.
+// Halves of v are exchanged with the lane that differs in bit kBit: the lane with it keeps the sums of the upper half.
+template <int kBit, int kSize>
+__device__ __forceinline__ void exchange(float (&to)[kSize / 2], const float (&v)[kSize], int lane) {
+  const bool upper = lane & kBit;
+#pragma unroll
+  for (int i = 0; i < kSize / 2; ++i) {
+    const float given = upper ? v[i] : v[i + kSize / 2], kept = upper ? v[i + kSize / 2] : v[i];
+    to[i] = kept + __shfl_xor_sync(kWarp, given, kBit);
+  }
+}
+
+// Sums of 16 values over the 16 lanes of each half of a warp.  Lane 16 q + 4 i + j gets that of value `summed(lane)`.
 //
-// Values 4 i to 4 i + 3 are rows 0-7 and 8-15 of the product's first operand; the second one sends them to columns 2 i
-// and 2 i + 1, so one accumulator takes all, summed over quads of lanes.  Three shuffles add the four quads of a half.
+// kExact: fp32 additions; the matrix unit's own sums have fewer bits, whatever it is given.  Else matrix products with
+// ones; ones[m]: 1 in lanes 4 m to 4 m + 3, else 0.  Values 4 i to 4 i + 3 are rows 0-7 and 8-15 of the product's first
+// operand; the second one sends them to columns 2 i and 2 i + 1, so one accumulator takes all, summed over quads of
+// lanes.  Three shuffles add the four quads of a half.
 __device__ __forceinline__ int summed(int lane) { return lane % 4 * 4 + (lane & 8) / 8 + (lane & 4) / 2; }
 template <bool kExact>
 __device__ __forceinline__ float lane_sum(const float (&v)[16], const float (&ones)[8], int lane) {
+  if constexpr (kExact) {
+    float eight[8], four[4], two[2], one[1];
+    exchange<2>(eight, v, lane), exchange<1>(four, eight, lane), exchange<4>(two, four, lane);
+    exchange<8>(one, two, lane);
+    return one[0];
+  }
   float d[4] = {};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    float high[4] = {v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]};
-    if constexpr (kExact) {
-      float low[4];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        high[k] = nearest_tf32(high[k]);
-        low[k] = v[4 * i + k] - high[k];  // of a NaN: NaN
-      }
-      multiply(d, low, ones[2 * i], ones[2 * i + 1]);
-    }
-    multiply(d, high, ones[2 * i], ones[2 * i + 1]);
-  }
+  for (int i = 0; i < 4; ++i)
+    multiply(d, {v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]}, ones[2 * i], ones[2 * i + 1]);
   const bool p = lane & 8, q = lane & 4;
   const float s0 = (p ? d[2] : d[0]) + __shfl_xor_sync(kWarp, p ? d[0] : d[2], 8);
   const float s1 = (p ? d[3] : d[1]) + __shfl_xor_sync(kWarp, p ? d[1] : d[3], 8);

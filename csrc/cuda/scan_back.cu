@@ -11,12 +11,12 @@
 //   (2) forward: each token's decays and the states before it to shared memory; y; dC = sum of ds h;
 //   (3) backward: g = dh + ds C is the gradient of the state; dB = sum of g dt x, dx = dt <g, B> + D ds,
 //       dh = decay g, ddt = <dh h, A> + x <g, B>, dA = sum of dh h dt.
-// Sums over channels (dB, dC): matrix products with ones, the block's two warps added in shared memory, 128 bytes a
+// Sums over channels (dB, dC): see lane_sum, the block's two warps added in shared memory, 128 bytes a
 // token
 //   and block to `sums`.  No atomics: the same call gives the same bits.
 // Bytes: x, dt, B twice, z, dy, C once; dx, ddt, dz once; 4 bytes a channel and token to scratch and back, likewise
 //   for a first direction's y.
-// Numerics: fp32; a fp32 call's sums over channels have 22 bits a product, others 11, without bias (kCut).
+// Numerics: fp32; of a 16-bit call the sums over channels are of values cut to 11 bits, without bias (kCut).
 // Bound: issue slots.
 #include "scan_args.cuh"
 

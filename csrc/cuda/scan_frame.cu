@@ -205,25 +205,14 @@ __global__ void __launch_bounds__(kThreads) scan_frame_kernel(const __grid_const
       y[t] = fmaf(W[s][t][2], start.z, y[t]), y[t] = fmaf(W[s][t][3], start.w, y[t]);
     }
   }
-  // four lanes' sums of 8 tokens become one lane's 2: halves are exchanged twice
+  // four lanes' sums of 8 tokens become one lane's 2
   float four[kPiece / 2], sum[kOwn];
-#pragma unroll
-  for (int t = 0; t < kPiece / 2; ++t) {
-    const bool upper = q & 2;
-    const float given = upper ? y[t] : y[t + kPiece / 2], kept = upper ? y[t + kPiece / 2] : y[t];
-    four[t] = kept + __shfl_xor_sync(kWarp, given, 2);
-  }
-#pragma unroll
-  for (int e = 0; e < kOwn; ++e) {
-    const bool upper = q & 1;
-    const float given = upper ? four[e] : four[e + kOwn], kept = upper ? four[e + kOwn] : four[e];
-    sum[e] = kept + __shfl_xor_sync(kWarp, given, 1) + skip[e];
-  }
+  exchange<2>(four, y, threadIdx.x % 32), exchange<1>(sum, four, threadIdx.x % 32);
 #pragma unroll
   for (int e = 0; e < kOwn; ++e) {
     const int at = at0 + e;
     if (at >= p.l || !mine) continue;
-    sum[e] *= p.scale;
+    sum[e] = (sum[e] + skip[e]) * p.scale;
     if (kGate) sum[e] *= to_float(raw_z[e]) * sigmoid(to_float(raw_z[e]));
     const int64_t to = (seq * p.l + at) * p.d + channel;
     if (p.wide_y)

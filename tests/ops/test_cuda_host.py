@@ -83,7 +83,7 @@ def kernel(request, host_module, monkeypatch):
     monkeypatch.setattr(_scan_cuda, "missing", lambda: "")
     monkeypatch.setattr(_scan_cuda, "_elsewhere", lambda x: [])
     monkeypatch.setattr(_scan_cuda, "stream", lambda device: 0)
-    monkeypatch.setattr(_scan_cuda, "processors", lambda device: 3 if request.param == "frame" else 0)
+    monkeypatch.setattr(_scan_cuda, "processors", lambda device: 7 if request.param == "frame" else 0)
     monkeypatch.setattr(_scan_cuda, "_shared_memory", lambda device: 99 * 1024)
     monkeypatch.setattr(_scan_cuda, "FRAME", _scan_cuda.FRAME | {"least": 1, "warps": 100})
     return request.param
