@@ -1,9 +1,11 @@
 // endomamba._C_cuda: the CUDA kernels' launchers.  Streams and scratch come as addresses, as a tensor's data_ptr().
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "bindings_conv.h"
 #include "bindings_scan.h"
 #include "cuda/conv.h"
+#include "cuda/frame.h"
 #include "cuda/scan.h"
 
 namespace py = pybind11;
@@ -43,5 +45,26 @@ PYBIND11_MODULE(_C_cuda, m) {
   m.def("conv_pieces", &cuda::conv_pieces);
   m.def("conv_backward", [=](const ConvArgs& args, int64_t workers, uintptr_t parts, uintptr_t stream) {
     cuda::conv_backward(args, workers, static_cast<float*>(pointer(parts)), pointer(stream));
+  });
+
+  m.attr("FRAME_BLOCKS") = cuda::kFrameBlocks;
+  m.def("frame_memory", &cuda::frame_memory);
+  m.def("frame_most_tokens", &cuda::frame_most_tokens);
+  // blocks: 9 addresses each, in the order of FrameBlock; states: 0 of two directions
+  m.def("frame_blocks", [=](const std::vector<std::array<uintptr_t, 9>>& blocks, int b, int l, int c, int directions,
+                            float eps, uintptr_t residual, uintptr_t conv_state, uintptr_t ssm_state, uintptr_t memory,
+                            int grid, uintptr_t stream) {
+    const auto floats = [&](uintptr_t address) { return static_cast<float*>(pointer(address)); };
+    cuda::FrameArgs args{};
+    args.blocks = static_cast<int>(blocks.size());
+    for (size_t i = 0; i < blocks.size() && i < cuda::kFrameBlocks; ++i) {
+      const std::array<uintptr_t, 9>& at = blocks[i];
+      args.block[i] = {pointer(at[0]), floats(at[1]), floats(at[2]), pointer(at[3]), pointer(at[4]),
+                       floats(at[5]),  floats(at[6]), floats(at[7]), pointer(at[8])};
+    }
+    args.b = b, args.l = l, args.c = c, args.directions = directions, args.eps = eps;
+    args.residual = floats(residual), args.conv_state = floats(conv_state), args.ssm_state = floats(ssm_state);
+    args.memory = pointer(memory);
+    cuda::frame_blocks(args, grid, pointer(stream));
   });
 }

@@ -354,6 +354,19 @@ void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads,
   kernel<<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream)>>>(args...);
   check(cudaGetLastError(), name);
 }
+
+// All blocks at the same time, so that they may wait for each other.
+template <class... P, class... A>
+void launch_together(const char* name, void (*kernel)(P...), int blocks, int threads, size_t shared, void* stream,
+                     const A&... args) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name);
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative, together.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks), config.blockDim = dim3(threads), config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(stream), config.attrs = &together, config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, kernel, args...), name);
+}
 #endif
 
 }  // namespace endomamba::cuda

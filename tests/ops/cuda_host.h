@@ -4,6 +4,7 @@
 // next, and the warps of a block one after the other from one __syncthreads to the next, so what a kernel may assume
 // between two of them is what happens here, in one order or, with `descending`, in the other: a missing barrier makes
 // the two differ.  A vector that is read or written where it is not aligned, which stops a GPU, is an error here too.
+// Blocks run one after the other, those of a cooperative launch from one barrier of the grid to the next.
 #pragma once
 
 #include <ucontext.h>
@@ -64,21 +65,22 @@ namespace endomamba::cuda {
 struct Index {
   unsigned x = 0;
 };
-inline Index threadIdx, blockIdx, blockDim;
+inline Index threadIdx, blockIdx, blockDim, gridDim;
 
 constexpr size_t kStack = 256 * 1024;
 inline std::vector<std::unique_ptr<char[]>> stacks;  // of all threads of a block, used again by the next
 
 struct Fiber {
   ucontext_t context;
-  bool done = false, at_block_barrier = false;
-  unsigned shuffles = 0, products = 0;
+  bool done = false, at_block_barrier = false, at_grid_barrier = false;
+  unsigned shuffles = 0, products = 0, bf16_products = 0;
 };
 
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<uint32_t> slots[2];  // what each thread offers in a shuffle, of every second one
   std::vector<std::array<float, 6>> operands[2];  // likewise, in a matrix product
+  std::vector<std::array<uint32_t, 6>> words[2];  // and in one of bf16
   std::vector<float4> shared;
   ucontext_t scheduler;
   unsigned current = 0;
@@ -97,6 +99,10 @@ inline float4* shared_memory() { return block->shared.data(); }
 inline void __syncwarp() { block->yield(); }
 inline void __syncthreads() {
   block->fibers[block->current].at_block_barrier = true;
+  block->yield();
+}
+inline void wait_for_grid() {
+  block->fibers[block->current].at_grid_barrier = true;
   block->yield();
 }
 
@@ -136,24 +142,59 @@ inline void host_multiply(float (&d)[4], const float (&a)[4], float b0, float b1
   }
 }
 
+// m16n8k16 of bf16: words of two neighbouring terms; a: rows g, g + 8 of terms 2 t, then of 2 t + 8; b: column g.
+inline void host_multiply_bf16(float (&d)[4], std::array<uint32_t, 4> a, std::array<uint32_t, 2> b) {
+  Fiber& me = block->fibers[block->current];
+  std::vector<std::array<uint32_t, 6>>& slots = block->words[me.bf16_products++ % 2];
+  slots[block->current] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  block->yield();
+  const auto half = [](uint32_t word, int i) {
+    const uint32_t bits = i ? word & 0xffff0000u : word << 16;
+    float v;
+    std::memcpy(&v, &bits, 4);
+    return v;
+  };
+  const std::array<uint32_t, 6>* const warp = &slots[block->current / 32 * 32];
+  const unsigned g = block->current % 32 / 4, t = block->current % 4;
+  for (unsigned i = 0; i < 4; ++i)
+    for (unsigned k = 0; k < 4; ++k) {
+      const std::array<uint32_t, 6>&left = warp[4 * g + k], &right = warp[4 * (2 * t + i % 2) + k];
+      for (int e = 0; e < 2; ++e)
+        d[i] += half(left[i / 2], e) * half(right[4], e) + half(left[2 + i / 2], e) * half(right[5], e);
+    }
+}
+
 inline void run_fiber() {
   block->body();
   block->fibers[block->current].done = true;
   block->yield();
 }
 
-// Every warp in turn to the next block barrier, which opens when all that still run are at it.
-inline void run_block() {
-  const unsigned threads = blockDim.x;
-  while (stacks.size() < threads) stacks.emplace_back(new char[kStack]);
+// A block about to run, its threads' stacks from `first_stack` on.
+inline void prepare_block(Block& b, unsigned threads, size_t shared, unsigned first_stack) {
+  b.fibers.resize(threads);
+  for (auto& slots : b.slots) slots.resize(threads);
+  for (auto& slots : b.operands) slots.resize(threads);
+  for (auto& slots : b.words) slots.resize(threads);
+  // as on a GPU, what shared memory holds at first is no number
+  b.shared.assign((shared + 15) / 16, make_float4(NAN, NAN, NAN, NAN));
+  while (stacks.size() < first_stack + threads) stacks.emplace_back(new char[kStack]);
   for (unsigned i = 0; i < threads; ++i) {
-    Fiber& f = block->fibers[i];
+    Fiber& f = b.fibers[i];
     getcontext(&f.context);
-    f.context.uc_stack.ss_sp = stacks[i].get(), f.context.uc_stack.ss_size = kStack;
+    f.context.uc_stack.ss_sp = stacks[first_stack + i].get(), f.context.uc_stack.ss_size = kStack;
     f.context.uc_link = nullptr;
     makecontext(&f.context, run_fiber, 0);
   }
-  const auto waits = [](const Fiber& f) { return f.done || f.at_block_barrier; };
+}
+
+// Every warp in turn to the next block barrier, which opens when all that still run are at it; until all threads are
+// done, or are at the grid's barrier.  -> whether they are done.
+inline bool run_block(unsigned index) {
+  const unsigned threads = blockDim.x;
+  blockIdx.x = index;
+  for (Fiber& f : block->fibers) f.at_grid_barrier = false;
+  const auto waits = [](const Fiber& f) { return f.done || f.at_block_barrier || f.at_grid_barrier; };
   for (;;) {
     for (unsigned w = 0; w < threads; w += 32) {
       const unsigned first = descending ? threads - 32 - w : w;
@@ -169,28 +210,49 @@ inline void run_block() {
         }
       }
     }
-    if (std::all_of(block->fibers.begin(), block->fibers.end(), [](const Fiber& f) { return f.done; })) return;
+    const auto all = [](auto&& is) { return std::all_of(block->fibers.begin(), block->fibers.end(), is); };
+    if (all([](const Fiber& f) { return f.done; })) return true;
+    if (all([](const Fiber& f) { return f.done || f.at_grid_barrier; })) return false;
     for (Fiber& f : block->fibers) f.at_block_barrier = false;
   }
 }
 
+inline void check_alignment(const char* name) {
+  if (!misaligned) return;
+  misaligned = nullptr;
+  throw std::runtime_error(std::string(name) + ": misaligned address");
+}
+
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads, size_t shared, void*, const A&... args) {
+  blockDim.x = threads, gridDim.x = static_cast<unsigned>(blocks);
   for (int64_t b = 0; b < blocks; ++b) {
     Block here;
-    here.fibers.resize(threads);
-    for (auto& slots : here.slots) slots.resize(threads);
-    for (auto& slots : here.operands) slots.resize(threads);
-    // as on a GPU, what shared memory holds at first is no number
-    here.shared.assign((shared + 15) / 16, make_float4(NAN, NAN, NAN, NAN));
+    prepare_block(here, threads, shared, 0);
     here.body = [&] { kernel(args...); };
-    block = &here, blockIdx.x = static_cast<unsigned>(b), blockDim.x = threads;
-    run_block();
-    if (misaligned) {
-      misaligned = nullptr;
-      throw std::runtime_error(std::string(name) + ": misaligned address");
-    }
+    block = &here;
+    run_block(static_cast<unsigned>(b));
+    check_alignment(name);
   }
+}
+
+template <class... P, class... A>
+void launch_together(const char* name, void (*kernel)(P...), int blocks, int threads, size_t shared, void*,
+                     const A&... args) {
+  blockDim.x = threads, gridDim.x = blocks;
+  std::vector<Block> all(blocks);
+  for (int b = 0; b < blocks; ++b) {
+    prepare_block(all[b], threads, shared, b * threads);
+    all[b].body = [&] { kernel(args...); };
+  }
+  std::vector<char> done(blocks, false);
+  while (std::find(done.begin(), done.end(), false) != done.end())
+    for (int i = 0; i < blocks; ++i) {
+      const int b = descending ? blocks - 1 - i : i;
+      block = &all[b];
+      if (!done[b]) done[b] = run_block(b);
+    }
+  check_alignment(name);
 }
 
 }  // namespace endomamba::cuda

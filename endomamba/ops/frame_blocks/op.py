@@ -13,7 +13,7 @@ from .. import _native, _triton
 from .._backend import Backend, choose, register
 from .._triton import lazy
 from ..mixer_inner.op import mixer_flops
-from . import reference
+from . import cuda, reference
 
 WEIGHTS = 9  # tensors of a block
 PRODUCTS = {torch.bfloat16, torch.float32}
@@ -45,6 +45,7 @@ register(
     "frame_blocks",
     {
         "triton": Backend(lazy("endomamba.ops.frame_blocks", "triton_fwd", "frame_blocks"), None, _by_kernels),
+        "cuda": Backend(lazy("endomamba.ops.frame_blocks", "cuda", "frame_blocks"), None, cuda.unsupported),
         "cpu": _by("cpu", _native.unsupported),
         "reference": _by("reference", lambda _: []),
     },
