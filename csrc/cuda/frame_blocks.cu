@@ -47,6 +47,7 @@ struct Sizes {
   static constexpr int kTiles = kC / kOutColumns;                   // of columns, each with sums of squares
 };
 
+// 32 bits are enough for an index into any of them: see frame_blocks().
 struct Memory {
   unsigned* arrived;
   float *squares, *tail;   // (tiles, rows), (b, 3, d)
@@ -54,7 +55,7 @@ struct Memory {
 };
 
 template <int kC>
-__host__ __device__ inline Memory memory_of(void* base, int64_t b, int64_t l, int s, int64_t* bytes = nullptr) {
+inline Memory memory_of(void* base, int64_t b, int64_t l, int s, int64_t* bytes = nullptr) {
   using S = Sizes<kC>;
   const int64_t rows = b * l;
   char* p = static_cast<char*>(base);
@@ -127,7 +128,8 @@ __device__ __forceinline__ float weight_at(const float* p) {
   return v;
 #endif
 }
-// What another multiprocessor wrote before a barrier: from L2, L1 may hold what was there before.
+// What another multiprocessor wrote before a barrier: from L2, L1 may hold what was there before.  volatile: not moved
+// before that barrier; stores to shared memory may move past it, so that loads follow each other at once.
 __device__ __forceinline__ Words words_at(const void* p) {
   Words v;
 #ifdef ENDOMAMBA_HOST
@@ -135,8 +137,7 @@ __device__ __forceinline__ Words words_at(const void* p) {
 #else
   asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
-               : "l"(p)
-               : "memory");
+               : "l"(p));
 #endif
   return v;
 }
@@ -145,7 +146,7 @@ __device__ __forceinline__ uint32_t word_at(const void* p) {
 #ifdef ENDOMAMBA_HOST
   std::memcpy(&v, p, 4);
 #else
-  asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p));
 #endif
   return v;
 }
@@ -155,7 +156,15 @@ __device__ __forceinline__ float float_at(const float* p) {
   std::memcpy(&v, &w, 4);
   return v;
 }
-__device__ __forceinline__ void put_word(uint16_t* p, uint32_t w) { std::memcpy(p, &w, 4); }
+// p: at an even place
+__device__ __forceinline__ void put_word(uint16_t* p, uint32_t w) {
+#ifdef ENDOMAMBA_HOST
+  if (reinterpret_cast<uintptr_t>(p) % 4) throw std::logic_error("put_word: not aligned");
+  std::memcpy(p, &w, 4);
+#else
+  *reinterpret_cast<uint32_t*>(p) = w;  // of memcpy the compiler makes four stores of a byte
+#endif
+}
 
 // 16 bytes on their way from L2 to shared memory; `copied` waits for all of this thread.
 __device__ __forceinline__ void copy_ahead(void* to, const void* from) {
@@ -214,30 +223,50 @@ __device__ __forceinline__ void multiply(float (&d)[4], const Words& upper, cons
   }
 }
 
-// ---- a frame's sizes and places, as every step needs them ----------------------------------------------------------
+// ---- what every step needs -----------------------------------------------------------------------------------------
 
+// The kernel's argument: all of it stays in constant memory.
 struct Frame {
+  FrameArgs args;
   Memory m;
-  float* residual;
-  float eps;
-  int b, l, rows;
+  int l, rows;
 };
+
+// The thread's and the block's number, not kept from step to step: nor is then what follows from them.
+__device__ __forceinline__ int thread() {
+#ifdef ENDOMAMBA_HOST
+  return static_cast<int>(threadIdx.x);
+#else
+  int i;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(i));
+  return i;
+#endif
+}
+__device__ __forceinline__ int block_of_grid() {
+#ifdef ENDOMAMBA_HOST
+  return static_cast<int>(blockIdx.x);
+#else
+  int i;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(i));
+  return i;
+#endif
+}
 
 // ---- begin: r in bf16 and its sums of squares, for the first block -------------------------------------------------
 
 template <int kC>
 __device__ __forceinline__ void begin(const Frame& f) {
-  const int lane = threadIdx.x % 32;
-  for (int row = blockIdx.x * kWarps + threadIdx.x / 32; row < f.rows; row += gridDim.x * kWarps) {
+  const int id = thread(), lane = id % 32;
+  for (int row = static_cast<int>(blockIdx.x) * kWarps + id / 32; row < f.rows; row += gridDim.x * kWarps) {
     float sum = 0.0f;
     for (int i = 2 * lane; i < kC; i += 64) {
-      const float2 r = *reinterpret_cast<const float2*>(f.residual + static_cast<int64_t>(row) * kC + i);
-      put_word(f.m.copy + static_cast<int64_t>(row) * kC + i, halves(r.x, r.y));
+      const float2 r = *reinterpret_cast<const float2*>(f.args.residual + row * kC + i);
+      put_word(f.m.copy + row * kC + i, halves(r.x, r.y));
       sum = fmaf(r.x, r.x, fmaf(r.y, r.y, sum));
     }
 #pragma unroll
     for (int mask = 16; mask; mask /= 2) sum += __shfl_xor_sync(kWarp, sum, mask);
-    if (lane < Sizes<kC>::kTiles) f.m.squares[static_cast<int64_t>(lane) * f.rows + row] = lane ? 0.0f : sum;
+    if (lane < Sizes<kC>::kTiles) f.m.squares[lane * f.rows + row] = lane ? 0.0f : sum;
   }
 }
 
@@ -253,29 +282,33 @@ struct In {
   static constexpr int kAt = kInRows * kPitch, kXs = kAt + 4 * kInRows * kSums, kFactors = kXs + 4 * kInRows * kWordPitch;
   static constexpr int kBytes = kFactors + 4 * kInRows;
 
+  // whether half `half` of the sum has a group j
+  static __device__ __forceinline__ bool there(int j, int half) {
+    return S::kGroups % 2 == 0 || 2 * j + half < S::kGroups;
+  }
+
   Words w[2][kHalf];
   float taps[kSides][2][kTaps + 1], bias[kSides][2];
 
   static __device__ __forceinline__ int columns() { return 2 * kD / kInColumns; }
-  static __device__ __forceinline__ int tiles(const Frame& f) { return columns() * f.b * ((f.l + kOwn - 1) / kOwn); }
+  static __device__ __forceinline__ int tiles(const Frame& f) { return columns() * f.args.b * ((f.l + kOwn - 1) / kOwn); }
 
   __device__ __forceinline__ void fetch(const FrameBlock& p, int tile) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, half = warp / 6, first = tile % columns() * kInColumns;
+    const int id = thread(), lane = id % 32, warp = id / 32, half = warp / 6, first = tile % columns() * kInColumns;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       const int column = first + warp % 6 * 16 + 8 * n + lane / 4;
 #pragma unroll
       for (int j = 0; j < kHalf; ++j)
-        if (2 * j + half < S::kGroups)
-          w[n][j] = weights_at(static_cast<const uint16_t*>(p.in_proj) + static_cast<int64_t>(column) * kC +
-                               32 * (2 * j + half) + 8 * (lane % 4));
+        w[n][j] = there(j, half) ? weights_at(static_cast<const uint16_t*>(p.in_proj) + column * kC +
+                                              32 * (2 * j + half) + 8 * (lane % 4))
+                                 : Words{};
     }
-    if (first >= kD) return;
 #pragma unroll
     for (int side = 0; side < kSides; ++side)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int channel = side * kD + first + 2 * (threadIdx.x % kPairs) + i;
+        const int channel = side * kD + first % kD + 2 * (id % kPairs) + i;
         const Words four = weights_at(p.conv + 4 * channel);
         std::memcpy(taps[side][i], &four, 16);
         bias[side][i] = weight_at(p.conv_bias + channel);
@@ -288,21 +321,25 @@ struct In {
     float* const sums = reinterpret_cast<float*>(memory + kAt);
     uint32_t* const xs = reinterpret_cast<uint32_t*>(memory + kXs);
     float* const factors = reinterpret_cast<float*>(memory + kFactors);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t4 = lane % 4, half = warp / 6;
+    const int id = thread(), lane = id % 32, warp = id / 32, g = lane / 4, t4 = lane % 4, half = warp / 6;
     const int first = tile % columns() * kInColumns, strips = (f.l + kOwn - 1) / kOwn;
     const int seq = tile / columns() / strips, t0 = tile / columns() % strips * kOwn - kTaps;
-    const auto row_of = [&](int i) { return static_cast<int64_t>(seq) * f.l + min(max(t0 + i, 0), f.l - 1); };
+    const auto row_of = [&](int i) { return seq * f.l + min(max(t0 + i, 0), f.l - 1); };
 
-    for (int i = threadIdx.x; i < kInRows * (kC / 8); i += kThreads) {
-      const int row = i / (kC / 8), at = i % (kC / 8);
-      copy_ahead(memory + row * kPitch + 16 * at, f.m.copy + row_of(row) * kC + 8 * at);
+    constexpr int kWords = kC / 8, kAtOnce = kThreads / kWords;  // of 16 bytes in a row; rows
+    if (id < kAtOnce * kWords) {
+#pragma unroll
+      for (int i = 0; i < kInRows; i += kAtOnce) {
+        const int row = i + id / kWords;
+        if (row < kInRows) copy_ahead(memory + row * kPitch + 16 * (id % kWords), f.m.copy + row_of(row) * kC + id % kWords * 8);
+      }
     }
-    if (threadIdx.x < kInRows) {
+    if (id < kInRows) {
       float sum = 0.0f;
 #pragma unroll
       for (int i = 0; i < S::kTiles; ++i)
-        sum += float_at(f.m.squares + static_cast<int64_t>(i) * f.rows + row_of(static_cast<int>(threadIdx.x)));
-      factors[threadIdx.x] = 1.0f / sqrtf(sum * (1.0f / kC) + f.eps);
+        sum += float_at(f.m.squares + i * f.rows + row_of(id));
+      factors[id] = 1.0f / sqrtf(sum * (1.0f / kC) + f.args.eps);
     }
     copied();
     __syncthreads();
@@ -310,7 +347,7 @@ struct In {
     float d[2][2][4] = {};
 #pragma unroll
     for (int j = 0; j < kHalf; ++j)
-      if (2 * j + half < S::kGroups) {
+      if (there(j, half)) {
         const char* const at = memory + g * kPitch + 64 * (2 * j + half) + 16 * t4;
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
@@ -339,7 +376,7 @@ struct In {
         float y = (d[i / 4][i / 2 % 2][2 * (i % 2) + 1] + other.y) * factor;
         if (t < 0 || t >= f.l) x = y = 0.0f;
         if (!kBoth && t < 0 && first < kD) {
-          const float* const before = state + (static_cast<int64_t>(seq) * kTaps + t + kTaps) * kD + first + 2 * pair;
+          const float* const before = state + (seq * kTaps + t + kTaps) * kD + first + 2 * pair;
           x = before[0], y = before[1];
         }
         xs[row * kWordPitch + pair] = halves(x, y);
@@ -347,7 +384,7 @@ struct In {
     }
     __syncthreads();
 
-    const int pair = threadIdx.x % kPairs, column = first + 2 * pair, from = threadIdx.x / kPairs * 4;
+    const int pair = id % kPairs, column = first + 2 * pair, from = id / kPairs * 4;
     const auto own = [&](int i) { return i >= kTaps && i < kTaps + kOwn && t0 + i < f.l; };
     if (first >= kD) {
 #pragma unroll
@@ -366,7 +403,7 @@ struct In {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (!own(from + i)) continue;
-      const int64_t row = row_of(from + i);
+      const int row = row_of(from + i);
 #pragma unroll
       for (int side = 0; side < kSides; ++side) {
         float v[2];
@@ -378,11 +415,11 @@ struct In {
             v[k] = fmaf(taps[side][k][j], x[side ? i + 2 * kTaps - j : i + j][k], v[k]);
           v[k] *= sigmoid(v[k]);
         }
-        put_word(f.m.u + (static_cast<int64_t>(side) * f.rows + row) * kD + column, halves(v[0], v[1]));
+        put_word(f.m.u + (side * f.rows + row) * kD + column, halves(v[0], v[1]));
       }
       const int last = t0 + from + i - (f.l - kTaps);
       if (!kBoth && last >= 0)
-        *reinterpret_cast<float2*>(f.m.tail + (static_cast<int64_t>(seq) * kTaps + last) * kD + column) =
+        *reinterpret_cast<float2*>(f.m.tail + (seq * kTaps + last) * kD + column) =
             make_float2(x[i + kTaps][0], x[i + kTaps][1]);
     }
   }
@@ -395,36 +432,40 @@ struct Shared {
   static constexpr int kShare = (kInner + kWarps - 1) / kWarps, kD = 32 * kInner, kPitch = 8 * kN + 8;
   static constexpr int kBytes = 4 * kWarps * kRows * kPitch;
 
+  // whether a warp has a group j of the sum
+  static __device__ __forceinline__ bool there(int j, int warp) {
+    return kInner % kWarps == 0 || j * kWarps + warp < kInner;
+  }
+
   Words w[kN][kShare];
 
   __device__ __forceinline__ void fetch(const void* weight, int column) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int id = thread(), lane = id % 32, warp = id / 32;
 #pragma unroll
     for (int n = 0; n < kN; ++n)
 #pragma unroll
       for (int j = 0; j < kShare; ++j)
-        if (j * kWarps + warp < kInner)
-          w[n][j] = weights_at(static_cast<const uint16_t*>(weight) + static_cast<int64_t>(column + 8 * n + lane / 4) * kD +
-                               32 * (j * kWarps + warp) + 8 * (lane % 4));
+        w[n][j] = there(j, warp)
+                      ? weights_at(static_cast<const uint16_t*>(weight) + (column + 8 * n + lane / 4) * kD +
+                                   32 * (j * kWarps + warp) + 8 * (lane % 4))
+                      : Words{};
   }
 
   // Leaves 12 parts in shared memory, behind a barrier; row i of a is that of `row + i`, at most `last`.
   __device__ __forceinline__ void run(const uint16_t* a, int row, int last) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t4 = lane % 4;
+    const int id = thread(), lane = id % 32, warp = id / 32, g = lane / 4, t4 = lane % 4;
     Words upper[kShare], lower[kShare];
 #pragma unroll
-    for (int j = 0; j < kShare; ++j)
-      if (j * kWarps + warp < kInner) {
-        const uint16_t* const at = a + 32 * (j * kWarps + warp) + 8 * t4;
-        upper[j] = words_at(at + static_cast<int64_t>(min(row + g, last)) * kD);
-        lower[j] = words_at(at + static_cast<int64_t>(min(row + g + 8, last)) * kD);
-      }
+    for (int j = 0; j < kShare; ++j) {
+      const uint16_t* const at = a + 32 * (j * kWarps + warp) + 8 * t4;
+      upper[j] = there(j, warp) ? words_at(at + min(row + g, last) * kD) : Words{};
+      lower[j] = there(j, warp) ? words_at(at + min(row + g + 8, last) * kD) : Words{};
+    }
     float d[kN][4] = {};
 #pragma unroll
     for (int j = 0; j < kShare; ++j)
-      if (j * kWarps + warp < kInner)
 #pragma unroll
-        for (int n = 0; n < kN; ++n) multiply(d[n], upper[j], lower[j], w[n][j]);
+      for (int n = 0; n < kN; ++n) multiply(d[n], upper[j], lower[j], w[n][j]);
     float* const part = reinterpret_cast<float*>(shared_memory()) + warp * kRows * kPitch;
 #pragma unroll
     for (int n = 0; n < kN; ++n)
@@ -462,18 +503,19 @@ struct XProj {
 
   __device__ __forceinline__ void fetch(const FrameBlock& p, int tile) {
     const int side = tile / kColumns % kSides;
-    products.fetch(static_cast<const uint16_t*>(p.x_proj) + static_cast<int64_t>(side) * S::kProj * S::kD,
+    products.fetch(static_cast<const uint16_t*>(p.x_proj) + side * S::kProj * S::kD,
                    tile % kColumns * 8 * kN);
   }
 
   __device__ __forceinline__ void run(const Frame& f, int tile) const {
     const int side = tile / kColumns % kSides, row = tile / kColumns / kSides * kRows;
-    products.run(f.m.u + static_cast<int64_t>(side) * f.rows * S::kD, row, f.rows - 1);
-    for (int i = threadIdx.x; i < kRows * 4 * kN; i += kThreads) {
+    products.run(f.m.u + side * f.rows * S::kD, row, f.rows - 1);
+    const int id = thread();
+    for (int i = id; i < kRows * 4 * kN; i += kThreads) {
       const int r = i / (4 * kN), pair = i % (4 * kN);
       const float2 v = Products::sum(r, pair);
       if (row + r < f.rows)
-        put_word(f.m.proj + (static_cast<int64_t>(side) * f.rows + row + r) * S::kProj + tile % kColumns * 8 * kN + 2 * pair,
+        put_word(f.m.proj + (side * f.rows + row + r) * S::kProj + tile % kColumns * 8 * kN + 2 * pair,
                  halves(v.x, v.y));
     }
   }
@@ -488,21 +530,23 @@ struct Scan {
   static constexpr int kOwn = (kPiece + 3) / 4, kSlots = 4 * kOwn;  // tokens of a lane at the end
   static constexpr int kN = (kChannels + 7) / 8, kSteps = (S::kRank + 31) / 32;
   static constexpr int kTokens = up(S::kPieces * kPiece, 16), kRowPitch = kRow + 4, kEdge = kChannels * kStates;
+  static constexpr int kLoads = (kSides * kTokens * 4 + kThreads - 1) / kThreads;
+  static constexpr int kStrips = (kSides * kTokens / 16 + kWarps - 1) / kWarps;
   static constexpr int kItems = (kTokens * kChannels / 2 + kThreads - 1) / kThreads;
-  // floats: B and C, (dt, dt x), last states and products of decays of the pieces, y
+  // floats: B and C, (dt, dt x), last states and products of decays of the pieces, D x of each direction and then y
   static constexpr int kStepsAt = kSides * kTokens * kRowPitch, kEdges = kStepsAt + kSides * kTokens * kChannels * 2;
   static constexpr int kProducts = kEdges + S::kPieces * kEdge, kY = kProducts + S::kPieces * kEdge;
-  static constexpr int kBytes = 4 * (kY + kTokens * kChannels);
+  static constexpr int kBytes = 4 * (kY + kSides * kTokens * kChannels);
   static_assert(kEdge <= kThreads, "one thread a state carries");
 
   Words w[kSides][kN][kSteps];
-  float bias[kSides][kN][2], A[kSides][4], D[kSides][kItems][2], start;
+  float bias[kSides][kN][2], D[kSides][kN][2], A[kSides][4], start;
 
   static __device__ __forceinline__ int groups() { return (kD + kChannels - 1) / kChannels; }
-  static __device__ __forceinline__ int tiles(const Frame& f) { return groups() * f.b; }
+  static __device__ __forceinline__ int tiles(const Frame& f) { return groups() * f.args.b; }
 
   __device__ __forceinline__ void fetch(const FrameBlock& p, const float* state, int tile) {
-    const int lane = threadIdx.x % 32, quad = threadIdx.x / 4, first = tile % groups() * kChannels, seq = tile / groups();
+    const int id = thread(), lane = id % 32, quad = id / 4, first = tile % groups() * kChannels, seq = tile / groups();
 #pragma unroll
     for (int side = 0; side < kSides; ++side) {
 #pragma unroll
@@ -512,29 +556,25 @@ struct Scan {
         for (int j = 0; j < kSteps; ++j) {
           const int term = 32 * j + 8 * (lane % 4);
           w[side][n][j] = term < S::kRank ? weights_at(static_cast<const uint16_t*>(p.dt_proj) +
-                                                       (static_cast<int64_t>(side) * kD + channel) * S::kRank + term)
+                                                       (side * kD + channel) * S::kRank + term)
                                           : Words{};
         }
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-          bias[side][n][i] = weight_at(p.dt_bias + side * kD + min(first + 8 * n + 2 * (lane % 4) + i, kD - 1));
+        for (int i = 0; i < 2; ++i) {
+          const int at = side * kD + min(first + 8 * n + 2 * (lane % 4) + i, kD - 1);
+          bias[side][n][i] = weight_at(p.dt_bias + at), D[side][n][i] = weight_at(p.D + at);
+        }
       }
       const Words four =
-          weights_at(p.A + (static_cast<int64_t>(side) * kD + min(first + quad % kChannels, kD - 1)) * kStates + 4 * (lane % 4));
+          weights_at(p.A + (side * kD + min(first + quad % kChannels, kD - 1)) * kStates + 4 * (lane % 4));
       std::memcpy(A[side], &four, 16);
 #pragma unroll
       for (int i = 0; i < 4; ++i) A[side][i] *= kLog2e;
-#pragma unroll
-      for (int k = 0; k < kItems; ++k)
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-          D[side][k][i] = weight_at(
-              p.D + side * kD + min(first + 2 * ((static_cast<int>(threadIdx.x) + k * kThreads) % (kChannels / 2)) + i, kD - 1));
     }
     start = 0.0f;
-    const int carried = first * kStates + threadIdx.x;
-    if (!kBoth && threadIdx.x < kEdge && carried < kD * kStates)
-      start = float_at(state + static_cast<int64_t>(seq) * kD * kStates + carried);
+    const int carried = first * kStates + id;
+    if (!kBoth && id < kEdge && carried < kD * kStates)
+      start = float_at(state + seq * kD * kStates + carried);
   }
 
   // y of the pieces of one direction, in walking order within a piece; `own` gets this lane's tokens added.
@@ -544,7 +584,7 @@ struct Scan {
     const float* const rows = memory + side * kTokens * kRowPitch;
     const float2* const steps = reinterpret_cast<const float2*>(memory + kStepsAt) + side * kTokens * kChannels;
     float *const edges = memory + kEdges, *const products = memory + kProducts;
-    const int quad = threadIdx.x / 4, q = threadIdx.x % 4, c = quad % kChannels, piece = quad / kChannels;
+    const int id = thread(), quad = id / 4, q = id % 4, c = quad % kChannels, piece = quad / kChannels;
     const bool walks = piece < pieces;
     const int begin_at = (walks ? piece : 0) * kPiece;
     float h[4] = {}, P[4] = {1.0f, 1.0f, 1.0f, 1.0f}, y[kSlots] = {}, W[kPiece][4];
@@ -570,16 +610,16 @@ struct Scan {
       reinterpret_cast<float4*>(products)[(piece * kChannels + c) * 4 + q] = make_float4(P[0], P[1], P[2], P[3]);
     }
     __syncthreads();
-    if (threadIdx.x < kEdge) {
+    if (id < kEdge) {
       float state = begin;
 #pragma unroll 8
       for (int k = 0; k < pieces; ++k) {
-        const int slot = (kReverse ? pieces - 1 - k : k) * kEdge + threadIdx.x;
+        const int slot = (kReverse ? pieces - 1 - k : k) * kEdge + id;
         const float last = edges[slot], product = products[slot];
         edges[slot] = state;
         state = fmaf(product, state, last);
       }
-      if (final && first * kStates + static_cast<int>(threadIdx.x) < kD * kStates) final[threadIdx.x] = state;
+      if (final && first * kStates + id < kD * kStates) final[id] = state;
     }
     __syncthreads();
     const float4 s = reinterpret_cast<const float4*>(edges)[(walks ? piece * kChannels + c : 0) * 4 + q];
@@ -603,101 +643,119 @@ struct Scan {
   // conv_state (b, 3, d), ssm_state (b, d, 16) of this block
   __device__ __forceinline__ void run(const Frame& f, float* conv_state, float* ssm_state, int tile) const {
     float* const memory = reinterpret_cast<float*>(shared_memory());
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t4 = lane % 4;
+    const int id = thread(), lane = id % 32, warp = id / 32, g = lane / 4, t4 = lane % 4;
     const int first = tile % groups() * kChannels, seq = tile / groups();
     const int pieces = (f.l + kPiece - 1) / kPiece, tokens = pieces * kPiece;
-    const int64_t row0 = static_cast<int64_t>(seq) * f.l;
+    const int row0 = seq * f.l;
 
-    uint32_t z[kItems], x[kSides][kItems];
+    uint32_t z[kItems];
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
-      const int item = static_cast<int>(threadIdx.x) + k * kThreads, t = min(item / (kChannels / 2), f.l - 1);
+      const int item = id + k * kThreads, t = min(item / (kChannels / 2), f.l - 1);
       const int channel = min(first + 2 * (item % (kChannels / 2)), kD - 2);
       z[k] = word_at(f.m.z + (row0 + t) * kD + channel);
+    }
+    // All that this thread turns into steps of the walk, asked for at once: rows of B and C, and for products of 16
+    // tokens of one direction the low-rank dt and x.
+    const int strips = (tokens + 15) / 16;
+    Words rows[kLoads], low[kStrips][kSteps][2];
+    uint32_t xs[kStrips][kN][2];
 #pragma unroll
-      for (int side = 0; side < kSides; ++side)
-        x[side][k] = word_at(f.m.u + (static_cast<int64_t>(side) * f.rows + row0 + t) * kD + channel);
+    for (int k = 0; k < kLoads; ++k) {
+      const int i = id + k * kThreads, side = kBoth && i >= 4 * tokens, t = i / 4 - side * tokens;
+      rows[k] = t < f.l ? words_at(f.m.proj + (side * f.rows + row0 + t) * S::kProj + S::kRank + 8 * (i % 4)) : Words{};
+    }
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s) {
+      const int i = min(warp + s * kWarps, kSides * strips - 1), side = kBoth && i >= strips, from = side * f.rows + row0;
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const int row = from + min((i - side * strips) * 16 + g + 8 * k, f.l - 1);
+#pragma unroll
+        for (int j = 0; j < kSteps; ++j)
+          low[s][j][k] = 32 * j + 8 * t4 < S::kRank ? words_at(f.m.proj + row * S::kProj + 32 * j + 8 * t4) : Words{};
+#pragma unroll
+        for (int n = 0; n < kN; ++n) xs[s][n][k] = word_at(f.m.u + row * kD + min(first + 8 * n + 2 * t4, kD - 2));
+      }
     }
     // B and C in fp32, 0 behind the end
-#pragma unroll 4
-    for (int i = threadIdx.x; i < kSides * tokens * 4; i += kThreads) {
-      const int side = i / (tokens * 4), t = i / 4 % tokens;
-      Words v{};
-      if (t < f.l)
-        v = words_at(f.m.proj + (static_cast<int64_t>(side) * f.rows + row0 + t) * S::kProj + S::kRank + 8 * (i % 4));
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      const int i = id + k * kThreads, side = kBoth && i >= 4 * tokens, t = i / 4 - side * tokens;
+      if (i >= kSides * tokens * 4) continue;
+      const Words& v = rows[k];
       float4* const to = reinterpret_cast<float4*>(memory + (side * kTokens + t) * kRowPitch + 8 * (i % 4));
       to[0] = make_float4(low_half(v.w[0]), high_half(v.w[0]), low_half(v.w[1]), high_half(v.w[1]));
       to[1] = make_float4(low_half(v.w[2]), high_half(v.w[2]), low_half(v.w[3]), high_half(v.w[3]));
     }
-    // dt and dt x of 16 tokens of one direction: 0 behind the end, so that a step there changes nothing
-    const int strips = (tokens + 15) / 16;
+    // dt, dt x and D x: the first two 0 behind the end, so that a step there changes nothing
     const Softplus softplus = {-kLog2e, 0.0f, 0.0f, 0.0f};
-    for (int i = warp; i < kSides * strips; i += kWarps) {
-      const int side = kBoth && i >= strips, t0 = (i - side * strips) * 16 + g;
-      const uint16_t* const low = f.m.proj + static_cast<int64_t>(side) * f.rows * S::kProj;
-      const uint16_t* const us = f.m.u + static_cast<int64_t>(side) * f.rows * kD;
-      float d[kN][4] = {};
-      uint32_t xs[kN][2];
 #pragma unroll
-      for (int n = 0; n < kN; ++n)
+    for (int s = 0; s < kStrips; ++s) {
+      const int i = warp + s * kWarps, side = kBoth && i >= strips, t0 = (i - side * strips) * 16 + g;
+      if (i >= kSides * strips) continue;
 #pragma unroll
-        for (int k = 0; k < 2; ++k)
-          xs[n][k] = word_at(us + (row0 + min(t0 + 8 * k, f.l - 1)) * kD + min(first + 8 * n + 2 * t4, kD - 2));
+      for (int n = 0; n < kN; ++n) {
+        float d[4] = {};
 #pragma unroll
-      for (int j = 0; j < kSteps; ++j) {
-        const int term = 32 * j + 8 * t4;
-        Words upper{}, lower{};
-        if (term < S::kRank) {
-          upper = words_at(low + (row0 + min(t0, f.l - 1)) * S::kProj + term);
-          lower = words_at(low + (row0 + min(t0 + 8, f.l - 1)) * S::kProj + term);
+        for (int j = 0; j < kSteps; ++j) {
+          Words of_side = w[0][n][j];
+#pragma unroll
+          for (int k = 0; k < 4; ++k)
+            if (kBoth && side) of_side.w[k] = w[kSides - 1][n][j].w[k];
+          multiply(d, low[s][j][0], low[s][j][1], of_side);
         }
-#pragma unroll
-        for (int n = 0; n < kN; ++n) multiply(d[n], upper, lower, kBoth && side ? w[kSides - 1][n][j] : w[0][n][j]);
-      }
-#pragma unroll
-      for (int n = 0; n < kN; ++n)
+        float b0 = bias[0][n][0], b1 = bias[0][n][1], D0 = D[0][n][0], D1 = D[0][n][1];
+        if (kBoth && side) {
+          b0 = bias[kSides - 1][n][0], b1 = bias[kSides - 1][n][1];
+          D0 = D[kSides - 1][n][0], D1 = D[kSides - 1][n][1];
+        }
+        const int c = 8 * n + 2 * t4;
+        if (c < kChannels) {
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          const int t = t0 + 8 * k, c = 8 * n + 2 * t4;
-          const float b0 = kBoth && side ? bias[kSides - 1][n][0] : bias[0][n][0];
-          const float b1 = kBoth && side ? bias[kSides - 1][n][1] : bias[0][n][1];
+          const int t = t0 + 8 * k, at = (side * kTokens + t) * kChannels + c;
+          const float x0 = low_half(xs[s][n][k]), x1 = high_half(xs[s][n][k]);
           const bool there = t < f.l;
-          const float dt0 = there ? softplus(d[n][2 * k] + b0) : 0.0f, dt1 = there ? softplus(d[n][2 * k + 1] + b1) : 0.0f;
-          if (c < kChannels)
-            reinterpret_cast<float4*>(memory + kStepsAt)[((side * kTokens + t) * kChannels + c) / 2] =
-                make_float4(dt0, there ? dt0 * low_half(xs[n][k]) : 0.0f, dt1, there ? dt1 * high_half(xs[n][k]) : 0.0f);
+          const float dt0 = there ? softplus(d[2 * k] + b0) : 0.0f, dt1 = there ? softplus(d[2 * k + 1] + b1) : 0.0f;
+          *reinterpret_cast<float4*>(memory + kStepsAt + 2 * at) =
+              make_float4(dt0, there ? dt0 * x0 : 0.0f, dt1, there ? dt1 * x1 : 0.0f);
+          *reinterpret_cast<float2*>(memory + kY + at) = make_float2(D0 * x0, D1 * x1);
         }
+        }
+      }
     }
     __syncthreads();
 
     float own[kOwn] = {};
-    float* const final = kBoth ? nullptr : ssm_state + (static_cast<int64_t>(seq) * kD + first) * kStates;
+    float* const final = kBoth ? nullptr : ssm_state + (seq * kD + first) * kStates;
     walk<false>(memory, 0, pieces, start, final, first, own);
     if (kBoth) {
       __syncthreads();
       walk<true>(memory, kSides - 1, pieces, 0.0f, nullptr, first, own);
     }
-    const int quad = threadIdx.x / 4, c = quad % kChannels, piece = quad / kChannels;
+    const int quad = id / 4, c = quad % kChannels, piece = quad / kChannels;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      const int slot = threadIdx.x % 4 * kOwn + i;
-      if (piece < pieces && slot < kPiece) memory[kY + (piece * kPiece + slot) * kChannels + c] = own[i];
+      const int slot = id % 4 * kOwn + i;
+      if (piece < pieces && slot < kPiece) memory[kY + (piece * kPiece + slot) * kChannels + c] += own[i];
     }
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
-      const int item = static_cast<int>(threadIdx.x) + k * kThreads, t = item / (kChannels / 2), channel = 2 * (item % (kChannels / 2));
+      const int item = id + k * kThreads, t = item / (kChannels / 2), channel = 2 * (item % (kChannels / 2));
       if (t >= f.l || first + channel >= kD) continue;
-      float v[2] = {memory[kY + t * kChannels + channel], memory[kY + t * kChannels + channel + 1]};
-#pragma unroll
-      for (int side = 0; side < kSides; ++side)
-        v[0] = fmaf(D[side][k][0], low_half(x[side][k]), v[0]), v[1] = fmaf(D[side][k][1], high_half(x[side][k]), v[1]);
+      float2 v = *reinterpret_cast<const float2*>(memory + kY + t * kChannels + channel);
+      if (kBoth) {
+        const float2 other = *reinterpret_cast<const float2*>(memory + kY + (kTokens + t) * kChannels + channel);
+        v.x += other.x, v.y += other.y;
+      }
       const float z0 = low_half(z[k]), z1 = high_half(z[k]);
-      put_word(f.m.y + (row0 + t) * kD + first + channel, halves(v[0] * (z0 * sigmoid(z0)), v[1] * (z1 * sigmoid(z1))));
+      put_word(f.m.y + (row0 + t) * kD + first + channel, halves(v.x * (z0 * sigmoid(z0)), v.y * (z1 * sigmoid(z1))));
     }
-    if (!kBoth && threadIdx.x < kTaps * kChannels) {
-      const int64_t at = (static_cast<int64_t>(seq) * kTaps + threadIdx.x / kChannels) * kD + first + threadIdx.x % kChannels;
-      if (first + static_cast<int>(threadIdx.x) % kChannels < kD) conv_state[at] = float_at(f.m.tail + at);
+    if (!kBoth && id < kTaps * kChannels) {
+      const int at = (seq * kTaps + id / kChannels) * kD + first + id % kChannels;
+      if (first + id % kChannels < kD) conv_state[at] = float_at(f.m.tail + at);
     }
   }
 };
@@ -714,54 +772,70 @@ struct Out {
 
   static __device__ __forceinline__ int tiles(const Frame& f) { return S::kTiles * ((f.rows + kRows - 1) / kRows); }
   // Half a warp sums a row: its lanes have pairs `lane` and, the first 8, 16 + lane.
-  static __device__ __forceinline__ int row(int tile) { return tile / S::kTiles * kRows + threadIdx.x / 16; }
-  static __device__ __forceinline__ int64_t at(int tile, int k) {
-    return static_cast<int64_t>(row(tile)) * kC + tile % S::kTiles * kOutColumns + 2 * (threadIdx.x % 16 + 16 * k);
+  static __device__ __forceinline__ int row(int tile, int id) { return tile / S::kTiles * kRows + id / 16; }
+  static __device__ __forceinline__ int at(int tile, int id, int k) {
+    return row(tile, id) * kC + tile % S::kTiles * kOutColumns + 2 * (id % 16 + 16 * k);
   }
-  static __device__ __forceinline__ bool mine(const Frame& f, int tile, int k) {
-    return threadIdx.x < 16 * kRows && row(tile) < f.rows && (k == 0 || threadIdx.x % 16 < 8);
+  static __device__ __forceinline__ bool mine(const Frame& f, int tile, int id, int k) {
+    return id < 16 * kRows && row(tile, id) < f.rows && (k == 0 || id % 16 < 8);
   }
 
   __device__ __forceinline__ void fetch(const Frame& f, const FrameBlock& p, int tile) {
+    const int id = thread();
     products.fetch(p.out_proj, tile % S::kTiles * kOutColumns);
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       r[k] = make_float2(0.0f, 0.0f);
-      if (mine(f, tile, k))
-        r[k] = make_float2(float_at(f.residual + at(tile, k)), float_at(f.residual + at(tile, k) + 1));
+      if (mine(f, tile, id, k))
+        r[k] = make_float2(float_at(f.args.residual + at(tile, id, k)), float_at(f.args.residual + at(tile, id, k) + 1));
     }
   }
 
   __device__ __forceinline__ void run(const Frame& f, int tile) const {
     products.run(f.m.y, tile / S::kTiles * kRows, f.rows - 1);
-    if (threadIdx.x >= 16 * kRows) return;
+    const int id = thread();
+    if (id >= 16 * kRows) return;
     float sum = 0.0f;
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      if (!mine(f, tile, k)) continue;
-      const float2 v = Products::sum(threadIdx.x / 16, threadIdx.x % 16 + 16 * k);
+      if (!mine(f, tile, id, k)) continue;
+      const float2 v = Products::sum(id / 16, id % 16 + 16 * k);
       const float2 next = make_float2(r[k].x + v.x, r[k].y + v.y);
-      *reinterpret_cast<float2*>(f.residual + at(tile, k)) = next;
-      put_word(f.m.copy + at(tile, k), halves(next.x, next.y));
+      *reinterpret_cast<float2*>(f.args.residual + at(tile, id, k)) = next;
+      put_word(f.m.copy + at(tile, id, k), halves(next.x, next.y));
       sum = fmaf(next.x, next.x, fmaf(next.y, next.y, sum));
     }
 #pragma unroll
     for (int mask = 8; mask; mask /= 2) sum += __shfl_xor_sync(kWarp, sum, mask);
-    if (threadIdx.x % 16 == 0 && row(tile) < f.rows)
-      f.m.squares[static_cast<int64_t>(tile % S::kTiles) * f.rows + row(tile)] = sum;
+    if (id % 16 == 0 && row(tile, id) < f.rows)
+      f.m.squares[tile % S::kTiles * f.rows + row(tile, id)] = sum;
   }
 };
 
 // ---- the kernel ----------------------------------------------------------------------------------------------------
+
+// The matrices of a block, brought to L2 while the scan of the one before has little to load: 128 bytes a thread.
+template <int kC, bool kBoth>
+__device__ __forceinline__ void bring(const FrameBlock& p) {
+#ifndef ENDOMAMBA_HOST
+  using S = Sizes<kC>;
+  constexpr int kIn = 2 * S::kD * kC / 64, kOut = S::kD * kC / 64, kX = (kBoth ? 2 : 1) * S::kProj * S::kD / 64;
+  for (int i = block_of_grid() * kThreads + thread(); i < kIn + kOut + kX; i += gridDim.x * kThreads) {
+    const char* const p0 = static_cast<const char*>(i < kIn ? p.in_proj : i < kIn + kOut ? p.out_proj : p.x_proj);
+    const int line = i < kIn ? i : i < kIn + kOut ? i - kIn : i - kIn - kOut;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p0 + 128 * line));
+  }
+#endif
+}
 
 // What the first tile needs of the weights is asked for before the barrier.
 template <class Step, class Fetch, class Run>
 __device__ __forceinline__ void step(const Frame& f, unsigned& turn, Fetch&& fetch, Run&& run) {
   Step s;
   arrive(f.m.arrived);
-  int tile = blockIdx.x;
+  int tile = block_of_grid();
   const int tiles = Step::tiles(f);
-  if (tile < tiles) fetch(s, tile);
+  fetch(s, min(tile, tiles - 1));  // always: what is not set on every way is kept from block to block
   wait(f.m.arrived, ++turn * gridDim.x);
   while (tile < tiles) {
     run(s, tile);
@@ -774,11 +848,12 @@ __device__ __forceinline__ void step(const Frame& f, unsigned& turn, Fetch&& fet
 }
 
 template <int kC, bool kBoth>
-__global__ void __launch_bounds__(kThreads, 1) frame_blocks_kernel(const __grid_constant__ FrameArgs p) {
+__global__ void __launch_bounds__(kThreads, 1) frame_blocks_kernel(const __grid_constant__ Frame f) {
   using S = Sizes<kC>;
-  const Frame f{memory_of<kC>(p.memory, p.b, p.l, kBoth ? 2 : 1), p.residual, p.eps, p.b, p.l, p.b * p.l};
+  const FrameArgs& p = f.args;
   unsigned turn = 0;
   begin<kC>(f);
+#pragma unroll 1
   for (int i = 0; i < p.blocks; ++i) {
     const FrameBlock& w = p.block[i];
     float* const conv_state = kBoth ? nullptr : p.conv_state + static_cast<int64_t>(i) * p.b * kTaps * S::kD;
@@ -787,6 +862,7 @@ __global__ void __launch_bounds__(kThreads, 1) frame_blocks_kernel(const __grid_
                         [&](auto& s, int tile) { s.run(f, conv_state, tile); });
     step<XProj<kC, kBoth>>(f, turn, [&](auto& s, int tile) { s.fetch(w, tile); },
                            [&](auto& s, int tile) { s.run(f, tile); });
+    if (i + 1 < p.blocks) bring<kC, kBoth>(p.block[i + 1]);
     step<Scan<kC, kBoth>>(f, turn, [&](auto& s, int tile) { s.fetch(w, ssm_state, tile); },
                           [&](auto& s, int tile) { s.run(f, conv_state, ssm_state, tile); });
     step<Out<kC>>(f, turn, [&](auto& s, int tile) { s.fetch(f, w, tile); },
@@ -802,7 +878,8 @@ void launch_frame(const FrameArgs& args, int grid, void* stream) {
   if (args.l < kTaps || args.l > S::kPieces * S::kPiece)
     throw std::invalid_argument("frame_blocks: tokens must be 3 to " + std::to_string(S::kPieces * S::kPiece) +
                                 " for c = " + std::to_string(kC) + ", got " + std::to_string(args.l));
-  launch_together("frame_blocks", frame_blocks_kernel<kC, kBoth>, grid, kThreads, kShared, stream, args);
+  const Frame f{args, memory_of<kC>(args.memory, args.b, args.l, kBoth ? 2 : 1), args.l, args.b * args.l};
+  launch_together("frame_blocks", frame_blocks_kernel<kC, kBoth>, grid, kThreads, kShared, stream, f);
 }
 
 // f of a constant that is c, where there is one.
@@ -844,7 +921,8 @@ void frame_blocks(const FrameArgs& args, int grid, void* stream) {
   if (args.blocks > kFrameBlocks)
     throw std::invalid_argument("frame_blocks: at most " + std::to_string(kFrameBlocks) + " blocks, got " +
                                 std::to_string(args.blocks));
-  if (static_cast<int64_t>(args.b) * args.l * 2 * args.c > 0x7fffffff)
+  // u of both directions, ssm_state of a block
+  if (static_cast<int64_t>(args.b) * larger(2 * args.l, kStates) * 2 * args.c > 0x7fffffff)
     throw std::invalid_argument("frame_blocks: more than 2^31 - 1 values in a tensor");
   with_channels(args.c, [&](auto size) {
     constexpr int kC = decltype(size)::value;
