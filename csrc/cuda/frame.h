@@ -10,7 +10,7 @@ constexpr int kFrameBlocks = 48;  // at most; their pointers are arguments of th
 // A block's weights as `pack_block` leaves them: s directions, c channels, d = 2 c inner ones, r the padded dt rank,
 // 16 states, a conv 4 wide.  What has no type here is bf16.
 struct FrameBlock {
-  const void *in_proj;             // (2 d, c), times the norm's weight
+  const void* in_proj;             // (2 d, c), times the norm's weight
   const float *conv, *conv_bias;   // (s, d, 4), (s, d)
   const void *x_proj, *dt_proj;    // (s, r + 32, d), (s, d, r)
   const float *dt_bias, *A, *D;    // (s, d), (s, d, 16), (s, d)

@@ -1,8 +1,9 @@
-// frame_blocks: all blocks of a frame, r += mixer(rms_norm(r)), in one kernel that stays on the GPU from block to block.
+// frame_blocks: all blocks of a frame, r += mixer(rms_norm(r)), in one kernel that stays on the GPU from block to
+// block.
 //
 // At one stream a frame is a chain of dependent steps of 1 to 2 us each, where the start of a kernel costs as much as
-// its work.  Here a step ends with a barrier of the whole grid, and what the next one needs of the weights is on its way
-// while the barrier is waited for.
+// its work.  Here a step ends with a barrier of the whole grid, and what the next one needs of the weights is on its
+// way while the barrier is waited for.
 //
 // Grid: a block of 12 warps on each multiprocessor, launched cooperatively.  Each step is cut in tiles, tile i belongs
 // to block i of the grid, then i + grid, ...; who owns what depends on the sizes alone, so results do not depend on the
@@ -10,21 +11,23 @@
 //   in     32 rows x 96 columns of xz = (r Win') / rms; then u = silu(conv(x)).  Rows that the conv looks at beyond the
 //          tile's own are made twice.  Two halves of the sum, six groups of 16 columns: 12 warps.
 //   x_proj 16 rows x 8 to 24 columns of [low | B | C] = u Wx; each warp a twelfth of the sum.
-//   scan   every token of a few channels.  dt = softplus(low Wdt + bias) by matrix products; then time across lanes: four
-//          lanes (four states each) walk a piece of the tokens of one channel from zero and keep C P for every token (P:
-//          product of the decays), 16 states of each channel go from piece to piece in order, and <C P, start> is added.
-//          The second direction after the first.  D x, gate, y.
+//   scan   every token of a few channels.  dt = softplus(low Wdt + bias) by matrix products; then time across lanes:
+//   four
+//          lanes (four states each) walk a piece of the tokens of one channel from zero and keep C P for every token
+//          (P: product of the decays), 16 states of each channel go from piece to piece in order, and <C P, start> is
+//          added. The second direction after the first.  D x, gate, y.
 //   out    16 rows x 48 columns of r += y Wout; each warp a twelfth of the sum.  For the next block r in bf16 and each
 //          row's sum of squares.
 // Traffic: every weight once a row of tiles, from L2; u, z, [low|B|C], y, r in bf16 through L2.
-// Numerics: fp32 sums, states, dt, residual; x, u, z, low, B, C, y rounded to bf16 as tensors of the model would be; the
+// Numerics: fp32 sums, states, dt, residual; x, u, z, low, B, C, y rounded to bf16 as tensors of the model would be;
+// the
 //   normed residual is not.  Sums in an order of their own that does not change; no atomics but the barrier's count.
 // Bound: latency.  4 barriers a block of about 1 us, and about 6 us of work.
 //
-// Products: m16n8k16.  The order of a sum's terms is free, so a lane takes 8 neighbours of a row at once: columns 8 t to
-// 8 t + 7 of 32 are, two by two, what the instruction calls 2t, 2t+1, 2t+8, 2t+9 of two steps of 16.
+// Products: m16n8k16.  The order of a sum's terms is free, so a lane takes 8 neighbours of a row at once: columns 8 t
+// to 8 t + 7 of 32 are, two by two, what the instruction calls 2t, 2t+1, 2t+8, 2t+9 of two steps of 16.  `copy`, which
+// comes by way of shared memory, has its words in that order: see `place_of`.
 #include "cuda/frame.h"
-
 #include "device.cuh"
 
 namespace endomamba::cuda {
@@ -35,24 +38,30 @@ constexpr int kInRows = 32, kInColumns = 96, kRows = 16, kOutColumns = 48;
 
 __host__ __device__ constexpr int up(int v, int step) { return (v + step - 1) / step * step; }
 __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
-__host__ __device__ constexpr int power_of_2(int v, int from = 16) { return from >= v ? from : power_of_2(v, 2 * from); }
+__host__ __device__ constexpr int power_of_2(int v, int from = 16) {
+  return from >= v ? from : power_of_2(v, 2 * from);
+}
 
 // Sizes that follow from the model's.
 template <int kC>
 struct Sizes {
   static constexpr int kD = 2 * kC, kRank = power_of_2((kC + 15) / 16), kProj = kRank + kRow;
-  static constexpr int kGroups = kC / 32, kInner = kD / 32;         // of 32 terms in a sum over c, over d
+  static constexpr int kGroups = kC / 32, kInner = kD / 32;  // of 32 terms in a sum over c, over d
   static constexpr int kChannels = kD <= 192 ? 2 : kD <= 384 ? 4 : kD <= 768 ? 6 : 10;  // of the scan
   static constexpr int kPieces = kThreads / 4 / kChannels, kPiece = (197 + kPieces - 1) / kPieces;
-  static constexpr int kTiles = kC / kOutColumns;                   // of columns, each with sums of squares
+  static constexpr int kTiles = kC / kOutColumns;  // of columns, each with sums of squares
 };
 
 // 32 bits are enough for an index into any of them: see frame_blocks().
 struct Memory {
   unsigned* arrived;
-  float *squares, *tail;   // (tiles, rows), (b, 3, d)
+  float *squares, *tail;  // (tiles, rows), (b, 3, d)
   uint16_t *copy, *u, *z, *proj, *y;  // (rows, c), (s, rows, d), (rows, d), (s, rows, r + 32), (rows, d)
 };
+
+// Where word i of a row of `copy` lies: 4 x 4 words of 32 columns transposed, so that of 8 rows of 16 bytes ldmatrix
+// gives lane 4 g + t the columns that its 16 bytes of a weight have.
+__host__ __device__ constexpr int place_of(int i) { return (i & ~15) + i % 4 * 4 + i / 4 % 4; }
 
 template <int kC>
 inline Memory memory_of(void* base, int64_t b, int64_t l, int s, int64_t* bytes = nullptr) {
@@ -102,6 +111,12 @@ __device__ __forceinline__ uint32_t halves(float low, float high) {
 }
 
 // ---- memory ------------------------------------------------------------------------------------------------------
+
+// p + i, in one instruction
+template <class T>
+__device__ __forceinline__ T* at(T* p, int i) {
+  return offset(p, i, static_cast<int>(sizeof(T)));
+}
 
 struct alignas(16) Words {
   uint32_t w[4];
@@ -207,20 +222,37 @@ __device__ __forceinline__ void wait(unsigned* arrived, unsigned target) {
 
 // ---- products ----------------------------------------------------------------------------------------------------
 
-// d += a b over 32 terms: rows g (`upper`) and g + 8 (`lower`) of 16, column g of 8; lane 4 g + t has 8 terms of each,
-// and of d rows g and g + 8 of columns 2 t and 2 t + 1.
+// Rows 0 to 15 of 16 terms as the first operand: those of the two 16 bytes at `at` of each row, `pitch` bytes apart.
+__device__ __forceinline__ Words fragment(const char* at, int pitch, int lane) {
+  Words v;
+#ifdef ENDOMAMBA_HOST
+  for (int i = 0; i < 4; ++i) std::memcpy(&v.w[i], at + (lane / 4 + i % 2 * 8) * pitch + i / 2 * 16 + lane % 4 * 4, 4);
+#else
+  at += lane % 16 * pitch + lane / 16 * 16;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(at))));
+#endif
+  return v;
+}
+
+// d += a b over 16 terms; lane 4 g + t gets rows g and g + 8 of columns 2 t and 2 t + 1.
+__device__ __forceinline__ void multiply(float (&d)[4], const Words& a, uint32_t b0, uint32_t b1) {
+#ifdef ENDOMAMBA_HOST
+  host_multiply_bf16(d, {a.w[0], a.w[1], a.w[2], a.w[3]}, {b0, b1});
+#else
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a.w[0]), "r"(a.w[1]), "r"(a.w[2]), "r"(a.w[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+// The same over 32 terms: of rows g (`upper`) and g + 8 (`lower`) and of column g the lane has 8 terms each.
 __device__ __forceinline__ void multiply(float (&d)[4], const Words& upper, const Words& lower, const Words& b) {
 #pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-#ifdef ENDOMAMBA_HOST
-    host_multiply_bf16(d, {upper.w[i], lower.w[i], upper.w[i + 1], lower.w[i + 1]}, {b.w[i], b.w[i + 1]});
-#else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(upper.w[i]), "r"(lower.w[i]), "r"(upper.w[i + 1]), "r"(lower.w[i + 1]), "r"(b.w[i]), "r"(b.w[i + 1]));
-#endif
-  }
+  for (int i = 0; i < 4; i += 2)
+    multiply(d, Words{{upper.w[i], lower.w[i], upper.w[i + 1], lower.w[i + 1]}}, b.w[i], b.w[i + 1]);
 }
 
 // ---- what every step needs -----------------------------------------------------------------------------------------
@@ -261,7 +293,7 @@ __device__ __forceinline__ void begin(const Frame& f) {
     float sum = 0.0f;
     for (int i = 2 * lane; i < kC; i += 64) {
       const float2 r = *reinterpret_cast<const float2*>(f.args.residual + row * kC + i);
-      put_word(f.m.copy + row * kC + i, halves(r.x, r.y));
+      put_word(f.m.copy + row * kC + 2 * place_of(i / 2), halves(r.x, r.y));
       sum = fmaf(r.x, r.x, fmaf(r.y, r.y, sum));
     }
 #pragma unroll
@@ -276,10 +308,12 @@ template <int kC, bool kBoth>
 struct In {
   using S = Sizes<kC>;
   static constexpr int kD = S::kD, kSides = kBoth ? 2 : 1, kOwn = kInRows - kTaps * kSides;
-  static constexpr int kHalf = (S::kGroups + 1) / 2;                // groups of a half of the sum
-  static constexpr int kPitch = up(2 * kC + 64, 128) - 64;          // bytes; 64 beyond a multiple of all banks
+  static constexpr int kHalf = (S::kGroups + 1) / 2;  // groups of a half of the sum
+  static constexpr int kPitch = 2 * kC + 16;  // bytes; 8 rows of 16 lie in different banks
   static constexpr int kSums = kInColumns + 8, kPairs = kInColumns / 2, kWordPitch = kPairs + 4;
-  static constexpr int kAt = kInRows * kPitch, kXs = kAt + 4 * kInRows * kSums, kFactors = kXs + 4 * kInRows * kWordPitch;
+  static constexpr int kXsRows = kInRows + 2 * kTaps;  // some that are read for rows of others before and behind
+  static constexpr int kAt = kInRows * kPitch, kXs = kAt + 4 * kInRows * kSums,
+                       kFactors = kXs + 4 * kXsRows * kWordPitch;
   static constexpr int kBytes = kFactors + 4 * kInRows;
 
   // whether half `half` of the sum has a group j
@@ -291,27 +325,28 @@ struct In {
   float taps[kSides][2][kTaps + 1], bias[kSides][2];
 
   static __device__ __forceinline__ int columns() { return 2 * kD / kInColumns; }
-  static __device__ __forceinline__ int tiles(const Frame& f) { return columns() * f.args.b * ((f.l + kOwn - 1) / kOwn); }
+  static __device__ __forceinline__ int tiles(const Frame& f) {
+    return columns() * f.args.b * ((f.l + kOwn - 1) / kOwn);
+  }
 
   __device__ __forceinline__ void fetch(const FrameBlock& p, int tile) {
     const int id = thread(), lane = id % 32, warp = id / 32, half = warp / 6, first = tile % columns() * kInColumns;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       const int column = first + warp % 6 * 16 + 8 * n + lane / 4;
+      const uint16_t* const row = at(static_cast<const uint16_t*>(p.in_proj), column * kC + 32 * half + 8 * (lane % 4));
 #pragma unroll
-      for (int j = 0; j < kHalf; ++j)
-        w[n][j] = there(j, half) ? weights_at(static_cast<const uint16_t*>(p.in_proj) + column * kC +
-                                              32 * (2 * j + half) + 8 * (lane % 4))
-                                 : Words{};
+      for (int j = 0; j < kHalf; ++j) w[n][j] = there(j, half) ? weights_at(row + 64 * j) : Words{};
     }
+    const int channel = first % kD + 2 * (id % kPairs);
+    const float *const filter = at(p.conv, 4 * channel), *const constant = at(p.conv_bias, channel);
 #pragma unroll
     for (int side = 0; side < kSides; ++side)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int channel = side * kD + first % kD + 2 * (id % kPairs) + i;
-        const Words four = weights_at(p.conv + 4 * channel);
+        const Words four = weights_at(filter + 4 * (side * kD + i));
         std::memcpy(taps[side][i], &four, 16);
-        bias[side][i] = weight_at(p.conv_bias + channel);
+        bias[side][i] = weight_at(constant + side * kD + i);
       }
   }
 
@@ -319,7 +354,7 @@ struct In {
   __device__ __forceinline__ void run(const Frame& f, const float* state, int tile) const {
     char* const memory = reinterpret_cast<char*>(shared_memory());
     float* const sums = reinterpret_cast<float*>(memory + kAt);
-    uint32_t* const xs = reinterpret_cast<uint32_t*>(memory + kXs);
+    uint32_t* const xs = reinterpret_cast<uint32_t*>(memory + kXs) + kTaps * kWordPitch;
     float* const factors = reinterpret_cast<float*>(memory + kFactors);
     const int id = thread(), lane = id % 32, warp = id / 32, g = lane / 4, t4 = lane % 4, half = warp / 6;
     const int first = tile % columns() * kInColumns, strips = (f.l + kOwn - 1) / kOwn;
@@ -331,14 +366,14 @@ struct In {
 #pragma unroll
       for (int i = 0; i < kInRows; i += kAtOnce) {
         const int row = i + id / kWords;
-        if (row < kInRows) copy_ahead(memory + row * kPitch + 16 * (id % kWords), f.m.copy + row_of(row) * kC + id % kWords * 8);
+        if (row < kInRows)
+          copy_ahead(memory + row * kPitch + 16 * (id % kWords), f.m.copy + row_of(row) * kC + id % kWords * 8);
       }
     }
     if (id < kInRows) {
       float sum = 0.0f;
 #pragma unroll
-      for (int i = 0; i < S::kTiles; ++i)
-        sum += float_at(f.m.squares + i * f.rows + row_of(id));
+      for (int i = 0; i < S::kTiles; ++i) sum += float_at(f.m.squares + i * f.rows + row_of(id));
       factors[id] = 1.0f / sqrtf(sum * (1.0f / kC) + f.args.eps);
     }
     copied();
@@ -348,13 +383,12 @@ struct In {
 #pragma unroll
     for (int j = 0; j < kHalf; ++j)
       if (there(j, half)) {
-        const char* const at = memory + g * kPitch + 64 * (2 * j + half) + 16 * t4;
+        const char* const at = memory + 64 * (2 * j + half);
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          const Words upper = *reinterpret_cast<const Words*>(at + 16 * m * kPitch);
-          const Words lower = *reinterpret_cast<const Words*>(at + (16 * m + 8) * kPitch);
+        for (int i = 0; i < 4; ++i) {  // rows 16 (i / 2), terms 16 (i % 2)
+          const Words a = fragment(at + i / 2 * 16 * kPitch + i % 2 * 32, kPitch, lane);
 #pragma unroll
-          for (int n = 0; n < 2; ++n) multiply(d[m][n], upper, lower, w[n][j]);
+          for (int n = 0; n < 2; ++n) multiply(d[i / 2][n], a, w[n][j].w[i % 2 * 2], w[n][j].w[i % 2 * 2 + 1]);
         }
       }
     if (half) {
@@ -384,12 +418,14 @@ struct In {
     }
     __syncthreads();
 
-    const int pair = id % kPairs, column = first + 2 * pair, from = id / kPairs * 4;
-    const auto own = [&](int i) { return i >= kTaps && i < kTaps + kOwn && t0 + i < f.l; };
+    const int pair = id % kPairs, column = first + 2 * pair, from = id / kPairs * 4, t = t0 + from;
+    const int row = seq * f.l + t;  // of `from`: not there where t < 0
+    const auto own = [&](int i) { return from + i >= kTaps && from + i < kTaps + kOwn && t + i < f.l; };
     if (first >= kD) {
+      uint16_t* const to = at(f.m.z, row * kD + column - kD);
 #pragma unroll
-      for (int i = from; i < from + 4; ++i)
-        if (own(i)) put_word(f.m.z + row_of(i) * kD + column - kD, xs[i * kWordPitch + pair]);
+      for (int i = 0; i < 4; ++i)
+        if (own(i)) put_word(to + i * kD, xs[(from + i) * kWordPitch + pair]);
       return;
     }
     // rows from - 3 to from + 3, and on to from + 6 for the other direction
@@ -397,29 +433,30 @@ struct In {
     float x[kSeen][2];
 #pragma unroll
     for (int i = 0; i < kSeen; ++i) {
-      const uint32_t word = xs[min(max(from + i - kTaps, 0), kInRows - 1) * kWordPitch + pair];
+      const uint32_t word = xs[(from + i - kTaps) * kWordPitch + pair];
       x[i][0] = low_half(word), x[i][1] = high_half(word);
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (!own(from + i)) continue;
-      const int row = row_of(from + i);
+    for (int side = 0; side < kSides; ++side) {
+      uint16_t* const to = at(f.m.u, (side * f.rows + row) * kD + column);
 #pragma unroll
-      for (int side = 0; side < kSides; ++side) {
+      for (int i = 0; i < 4; ++i) {
         float v[2];
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
           v[k] = bias[side][k];
 #pragma unroll
-          for (int j = 0; j <= kTaps; ++j)
-            v[k] = fmaf(taps[side][k][j], x[side ? i + 2 * kTaps - j : i + j][k], v[k]);
+          for (int j = 0; j <= kTaps; ++j) v[k] = fmaf(taps[side][k][j], x[side ? i + 2 * kTaps - j : i + j][k], v[k]);
           v[k] *= sigmoid(v[k]);
         }
-        put_word(f.m.u + (side * f.rows + row) * kD + column, halves(v[0], v[1]));
+        if (own(i)) put_word(to + i * kD, halves(v[0], v[1]));
       }
-      const int last = t0 + from + i - (f.l - kTaps);
-      if (!kBoth && last >= 0)
-        *reinterpret_cast<float2*>(f.m.tail + (seq * kTaps + last) * kD + column) =
+    }
+#pragma unroll
+    for (int i = 0; i < 4 && !kBoth; ++i) {
+      const int last = t + i - (f.l - kTaps);
+      if (own(i) && last >= 0)
+        *reinterpret_cast<float2*>(at(f.m.tail, (seq * kTaps + last) * kD + column)) =
             make_float2(x[i + kTaps][0], x[i + kTaps][1]);
     }
   }
@@ -441,25 +478,25 @@ struct Shared {
 
   __device__ __forceinline__ void fetch(const void* weight, int column) {
     const int id = thread(), lane = id % 32, warp = id / 32;
+    const uint16_t* const row =
+        at(static_cast<const uint16_t*>(weight), (column + lane / 4) * kD + 32 * warp + 8 * (lane % 4));
 #pragma unroll
     for (int n = 0; n < kN; ++n)
 #pragma unroll
       for (int j = 0; j < kShare; ++j)
-        w[n][j] = there(j, warp)
-                      ? weights_at(static_cast<const uint16_t*>(weight) + (column + 8 * n + lane / 4) * kD +
-                                   32 * (j * kWarps + warp) + 8 * (lane % 4))
-                      : Words{};
+        w[n][j] = there(j, warp) ? weights_at(row + 8 * n * kD + 32 * j * kWarps) : Words{};
   }
 
   // Leaves 12 parts in shared memory, behind a barrier; row i of a is that of `row + i`, at most `last`.
   __device__ __forceinline__ void run(const uint16_t* a, int row, int last) const {
     const int id = thread(), lane = id % 32, warp = id / 32, g = lane / 4, t4 = lane % 4;
     Words upper[kShare], lower[kShare];
+    const uint16_t* const first = at(a, min(row + g, last) * kD + 32 * warp + 8 * t4);
+    const uint16_t* const second = at(a, min(row + g + 8, last) * kD + 32 * warp + 8 * t4);
 #pragma unroll
     for (int j = 0; j < kShare; ++j) {
-      const uint16_t* const at = a + 32 * (j * kWarps + warp) + 8 * t4;
-      upper[j] = there(j, warp) ? words_at(at + min(row + g, last) * kD) : Words{};
-      lower[j] = there(j, warp) ? words_at(at + min(row + g + 8, last) * kD) : Words{};
+      upper[j] = there(j, warp) ? words_at(first + 32 * j * kWarps) : Words{};
+      lower[j] = there(j, warp) ? words_at(second + 32 * j * kWarps) : Words{};
     }
     float d[kN][4] = {};
 #pragma unroll
@@ -499,12 +536,13 @@ struct XProj {
 
   Products products;
 
-  static __device__ __forceinline__ int tiles(const Frame& f) { return kColumns * kSides * ((f.rows + kRows - 1) / kRows); }
+  static __device__ __forceinline__ int tiles(const Frame& f) {
+    return kColumns * kSides * ((f.rows + kRows - 1) / kRows);
+  }
 
   __device__ __forceinline__ void fetch(const FrameBlock& p, int tile) {
     const int side = tile / kColumns % kSides;
-    products.fetch(static_cast<const uint16_t*>(p.x_proj) + side * S::kProj * S::kD,
-                   tile % kColumns * 8 * kN);
+    products.fetch(static_cast<const uint16_t*>(p.x_proj) + side * S::kProj * S::kD, tile % kColumns * 8 * kN);
   }
 
   __device__ __forceinline__ void run(const Frame& f, int tile) const {
@@ -530,7 +568,7 @@ struct Scan {
   static constexpr int kOwn = (kPiece + 3) / 4, kSlots = 4 * kOwn;  // tokens of a lane at the end
   static constexpr int kN = (kChannels + 7) / 8, kSteps = (S::kRank + 31) / 32;
   static constexpr int kTokens = up(S::kPieces * kPiece, 16), kRowPitch = kRow + 4, kEdge = kChannels * kStates;
-  static constexpr int kLoads = (kSides * kTokens * 4 + kThreads - 1) / kThreads;
+  static constexpr int kAtOnce = kThreads / 4, kLoads = (kTokens + kAtOnce - 1) / kAtOnce;  // rows of B and C
   static constexpr int kStrips = (kSides * kTokens / 16 + kWarps - 1) / kWarps;
   static constexpr int kItems = (kTokens * kChannels / 2 + kThreads - 1) / kThreads;
   // floats: B and C, (dt, dt x), last states and products of decays of the pieces, D x of each direction and then y
@@ -538,9 +576,66 @@ struct Scan {
   static constexpr int kProducts = kEdges + S::kPieces * kEdge, kY = kProducts + S::kPieces * kEdge;
   static constexpr int kBytes = 4 * (kY + kSides * kTokens * kChannels);
   static_assert(kEdge <= kThreads, "one thread a state carries");
+  static_assert(kStrips <= kSides + 1, "what is left of the strips is one for each warp");
 
-  Words w[kSides][kN][kSteps];
-  float bias[kSides][kN][2], D[kSides][kN][2], A[kSides][4], start;
+  // What makes dt and D x of one direction: of channels 2 t and 2 t + 1 of 8.
+  struct OfSide {
+    Words w[kN][kSteps];
+    float bias[kN][2], D[kN][2];
+  };
+
+  // 16 tokens of one direction: rows g and g + 8 of the products.
+  struct Strip {
+    int t;  // of row g
+    Words low[kSteps][2];
+    uint32_t x[kN][2];
+
+    __device__ __forceinline__ void ask(const Frame& f, int side, int row0, int t4, int first) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const int row = side * f.rows + row0 + min(t + 8 * k, f.l - 1);
+        const uint16_t* const from = at(f.m.proj, row * S::kProj + 8 * t4);
+#pragma unroll
+        for (int j = 0; j < kSteps; ++j)
+          low[j][k] = 32 * (j + 1) <= S::kRank || 32 * j + 8 * t4 < S::kRank ? words_at(from + 32 * j) : Words{};
+#pragma unroll
+        for (int n = 0; n < kN; ++n) x[n][k] = word_at(at(f.m.u, row * kD + min(first + 8 * n + 2 * t4, kD - 2)));
+      }
+    }
+
+    // dt, dt x and D x to shared memory; the first two 0 behind the end, so that a step there changes nothing.
+    __device__ __forceinline__ void steps(const Frame& f, const OfSide& p, float* memory, int side, int t4) const {
+      const Softplus softplus = {-kLog2e, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        float d[4] = {};
+#pragma unroll
+        for (int j = 0; j < kSteps; ++j) multiply(d, low[j][0], low[j][1], p.w[n][j]);
+        const int c = 8 * n + 2 * t4, to = (side * kTokens + t) * kChannels + c;
+        float dt[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dt[i] = softplus(d[i] + p.bias[n][i % 2]);
+        if (c < kChannels) {
+#pragma unroll
+          for (int k = 0; k < 2; ++k) {
+            const bool there = t + 8 * k < f.l;
+            const float x0 = low_half(x[n][k]), x1 = high_half(x[n][k]);
+            const float dt0 = there ? dt[2 * k] : 0.0f, dt1 = there ? dt[2 * k + 1] : 0.0f;
+            // x of the last token stands for what is not there
+            *reinterpret_cast<float4*>(memory + kStepsAt + 2 * (to + 8 * k * kChannels)) =
+                make_float4(dt0, there ? dt0 * x0 : 0.0f, dt1, there ? dt1 * x1 : 0.0f);
+            *reinterpret_cast<float2*>(memory + kY + to + 8 * k * kChannels) =
+                make_float2(p.D[n][0] * x0, p.D[n][1] * x1);
+          }
+        }
+      }
+    }
+  };
+
+  OfSide sides[kSides];
+  float A[kSides][4], start;
+
+  __device__ __forceinline__ OfSide of_side(int i) const { return sides[i]; }
 
   static __device__ __forceinline__ int groups() { return (kD + kChannels - 1) / kChannels; }
   static __device__ __forceinline__ int tiles(const Frame& f) { return groups() * f.args.b; }
@@ -555,14 +650,15 @@ struct Scan {
 #pragma unroll
         for (int j = 0; j < kSteps; ++j) {
           const int term = 32 * j + 8 * (lane % 4);
-          w[side][n][j] = term < S::kRank ? weights_at(static_cast<const uint16_t*>(p.dt_proj) +
-                                                       (side * kD + channel) * S::kRank + term)
-                                          : Words{};
+          sides[side].w[n][j] =
+              term < S::kRank
+                  ? weights_at(static_cast<const uint16_t*>(p.dt_proj) + (side * kD + channel) * S::kRank + term)
+                  : Words{};
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int at = side * kD + min(first + 8 * n + 2 * (lane % 4) + i, kD - 1);
-          bias[side][n][i] = weight_at(p.dt_bias + at), D[side][n][i] = weight_at(p.D + at);
+          sides[side].bias[n][i] = weight_at(p.dt_bias + at), sides[side].D[n][i] = weight_at(p.D + at);
         }
       }
       const Words four =
@@ -573,8 +669,7 @@ struct Scan {
     }
     start = 0.0f;
     const int carried = first * kStates + id;
-    if (!kBoth && id < kEdge && carried < kD * kStates)
-      start = float_at(state + seq * kD * kStates + carried);
+    if (!kBoth && id < kEdge && carried < kD * kStates) start = float_at(state + seq * kD * kStates + carried);
   }
 
   // y of the pieces of one direction, in walking order within a piece; `own` gets this lane's tokens added.
@@ -624,8 +719,7 @@ struct Scan {
     __syncthreads();
     const float4 s = reinterpret_cast<const float4*>(edges)[(walks ? piece * kChannels + c : 0) * 4 + q];
 #pragma unroll
-    for (int i = 0; i < kPiece; ++i)
-      y[i] += fmaf(W[i][0], s.x, W[i][1] * s.y) + fmaf(W[i][2], s.z, W[i][3] * s.w);
+    for (int i = 0; i < kPiece; ++i) y[i] += fmaf(W[i][0], s.x, W[i][1] * s.y) + fmaf(W[i][2], s.z, W[i][3] * s.w);
     // four lanes' sums of all slots become one lane's own: halves are exchanged twice
     float two[2 * kOwn];
 #pragma unroll
@@ -656,74 +750,42 @@ struct Scan {
       z[k] = word_at(f.m.z + (row0 + t) * kD + channel);
     }
     // All that this thread turns into steps of the walk, asked for at once: rows of B and C, and for products of 16
-    // tokens of one direction the low-rank dt and x.
-    const int strips = (tokens + 15) / 16;
-    Words rows[kLoads], low[kStrips][kSteps][2];
-    uint32_t xs[kStrips][kN][2];
+    // tokens of one direction the low-rank dt and x.  A warp has strip `warp` of each direction, then what is left.
+    const int strips = (tokens + 15) / 16, quarter = id % 4;
+    Words rows[kSides][kLoads];
+    Strip strip[kStrips];
 #pragma unroll
-    for (int k = 0; k < kLoads; ++k) {
-      const int i = id + k * kThreads, side = kBoth && i >= 4 * tokens, t = i / 4 - side * tokens;
-      rows[k] = t < f.l ? words_at(f.m.proj + (side * f.rows + row0 + t) * S::kProj + S::kRank + 8 * (i % 4)) : Words{};
+    for (int side = 0; side < kSides; ++side) {
+      const uint16_t* const from = at(f.m.proj, (side * f.rows + row0 + id / 4) * S::kProj + S::kRank + 8 * quarter);
+#pragma unroll
+      for (int k = 0; k < kLoads; ++k)
+        rows[side][k] = id / 4 + k * kAtOnce < f.l ? words_at(from + k * kAtOnce * S::kProj) : Words{};
     }
 #pragma unroll
-    for (int s = 0; s < kStrips; ++s) {
-      const int i = min(warp + s * kWarps, kSides * strips - 1), side = kBoth && i >= strips, from = side * f.rows + row0;
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const int row = from + min((i - side * strips) * 16 + g + 8 * k, f.l - 1);
-#pragma unroll
-        for (int j = 0; j < kSteps; ++j)
-          low[s][j][k] = 32 * j + 8 * t4 < S::kRank ? words_at(f.m.proj + row * S::kProj + 32 * j + 8 * t4) : Words{};
-#pragma unroll
-        for (int n = 0; n < kN; ++n) xs[s][n][k] = word_at(f.m.u + row * kD + min(first + 8 * n + 2 * t4, kD - 2));
-      }
+    for (int i = 0; i < kStrips; ++i) {
+      const int side = i < kSides ? i : warp % kSides;
+      strip[i].t = 16 * (i < kSides ? warp : kWarps * (i / kSides) + warp / kSides) + g;
+      strip[i].ask(f, side, row0, t4, first);
     }
     // B and C in fp32, 0 behind the end
 #pragma unroll
-    for (int k = 0; k < kLoads; ++k) {
-      const int i = id + k * kThreads, side = kBoth && i >= 4 * tokens, t = i / 4 - side * tokens;
-      if (i >= kSides * tokens * 4) continue;
-      const Words& v = rows[k];
-      float4* const to = reinterpret_cast<float4*>(memory + (side * kTokens + t) * kRowPitch + 8 * (i % 4));
-      to[0] = make_float4(low_half(v.w[0]), high_half(v.w[0]), low_half(v.w[1]), high_half(v.w[1]));
-      to[1] = make_float4(low_half(v.w[2]), high_half(v.w[2]), low_half(v.w[3]), high_half(v.w[3]));
-    }
-    // dt, dt x and D x: the first two 0 behind the end, so that a step there changes nothing
-    const Softplus softplus = {-kLog2e, 0.0f, 0.0f, 0.0f};
+    for (int side = 0; side < kSides; ++side) {
+      float* const to = memory + (side * kTokens + id / 4) * kRowPitch + 8 * quarter;
 #pragma unroll
-    for (int s = 0; s < kStrips; ++s) {
-      const int i = warp + s * kWarps, side = kBoth && i >= strips, t0 = (i - side * strips) * 16 + g;
-      if (i >= kSides * strips) continue;
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-        float d[4] = {};
-#pragma unroll
-        for (int j = 0; j < kSteps; ++j) {
-          Words of_side = w[0][n][j];
-#pragma unroll
-          for (int k = 0; k < 4; ++k)
-            if (kBoth && side) of_side.w[k] = w[kSides - 1][n][j].w[k];
-          multiply(d, low[s][j][0], low[s][j][1], of_side);
-        }
-        float b0 = bias[0][n][0], b1 = bias[0][n][1], D0 = D[0][n][0], D1 = D[0][n][1];
-        if (kBoth && side) {
-          b0 = bias[kSides - 1][n][0], b1 = bias[kSides - 1][n][1];
-          D0 = D[kSides - 1][n][0], D1 = D[kSides - 1][n][1];
-        }
-        const int c = 8 * n + 2 * t4;
-        if (c < kChannels) {
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const int t = t0 + 8 * k, at = (side * kTokens + t) * kChannels + c;
-          const float x0 = low_half(xs[s][n][k]), x1 = high_half(xs[s][n][k]);
-          const bool there = t < f.l;
-          const float dt0 = there ? softplus(d[2 * k] + b0) : 0.0f, dt1 = there ? softplus(d[2 * k + 1] + b1) : 0.0f;
-          *reinterpret_cast<float4*>(memory + kStepsAt + 2 * at) =
-              make_float4(dt0, there ? dt0 * x0 : 0.0f, dt1, there ? dt1 * x1 : 0.0f);
-          *reinterpret_cast<float2*>(memory + kY + at) = make_float2(D0 * x0, D1 * x1);
-        }
-        }
+      for (int k = 0; k < kLoads; ++k) {
+        const Words& v = rows[side][k];
+        if (id / 4 + k * kAtOnce >= tokens) continue;
+        float4* const row = reinterpret_cast<float4*>(to + k * kAtOnce * kRowPitch);
+        row[0] = make_float4(low_half(v.w[0]), high_half(v.w[0]), low_half(v.w[1]), high_half(v.w[1]));
+        row[1] = make_float4(low_half(v.w[2]), high_half(v.w[2]), low_half(v.w[3]), high_half(v.w[3]));
       }
+    }
+#pragma unroll
+    for (int i = 0; i < kStrips; ++i) {
+      const int side = i < kSides ? i : warp % kSides;
+      OfSide weights = of_side(0);
+      if (kBoth && side) weights = of_side(kSides - 1);
+      if (strip[i].t - g < 16 * strips) strip[i].steps(f, weights, memory, side, t4);
     }
     __syncthreads();
 
@@ -773,8 +835,11 @@ struct Out {
   static __device__ __forceinline__ int tiles(const Frame& f) { return S::kTiles * ((f.rows + kRows - 1) / kRows); }
   // Half a warp sums a row: its lanes have pairs `lane` and, the first 8, 16 + lane.
   static __device__ __forceinline__ int row(int tile, int id) { return tile / S::kTiles * kRows + id / 16; }
-  static __device__ __forceinline__ int at(int tile, int id, int k) {
-    return row(tile, id) * kC + tile % S::kTiles * kOutColumns + 2 * (id % 16 + 16 * k);
+  static __device__ __forceinline__ int word(int tile, int id, int k) {
+    return tile % S::kTiles * (kOutColumns / 2) + id % 16 + 16 * k;
+  }
+  static __device__ __forceinline__ int place(int tile, int id, int k) {
+    return row(tile, id) * kC + 2 * word(tile, id, k);
   }
   static __device__ __forceinline__ bool mine(const Frame& f, int tile, int id, int k) {
     return id < 16 * kRows && row(tile, id) < f.rows && (k == 0 || id % 16 < 8);
@@ -787,7 +852,8 @@ struct Out {
     for (int k = 0; k < 2; ++k) {
       r[k] = make_float2(0.0f, 0.0f);
       if (mine(f, tile, id, k))
-        r[k] = make_float2(float_at(f.args.residual + at(tile, id, k)), float_at(f.args.residual + at(tile, id, k) + 1));
+        r[k] = make_float2(float_at(f.args.residual + place(tile, id, k)),
+                           float_at(f.args.residual + place(tile, id, k) + 1));
     }
   }
 
@@ -801,14 +867,13 @@ struct Out {
       if (!mine(f, tile, id, k)) continue;
       const float2 v = Products::sum(id / 16, id % 16 + 16 * k);
       const float2 next = make_float2(r[k].x + v.x, r[k].y + v.y);
-      *reinterpret_cast<float2*>(f.args.residual + at(tile, id, k)) = next;
-      put_word(f.m.copy + at(tile, id, k), halves(next.x, next.y));
+      *reinterpret_cast<float2*>(f.args.residual + place(tile, id, k)) = next;
+      put_word(f.m.copy + row(tile, id) * kC + 2 * place_of(word(tile, id, k)), halves(next.x, next.y));
       sum = fmaf(next.x, next.x, fmaf(next.y, next.y, sum));
     }
 #pragma unroll
     for (int mask = 8; mask; mask /= 2) sum += __shfl_xor_sync(kWarp, sum, mask);
-    if (id % 16 == 0 && row(tile, id) < f.rows)
-      f.m.squares[tile % S::kTiles * f.rows + row(tile, id)] = sum;
+    if (id % 16 == 0 && row(tile, id) < f.rows) f.m.squares[tile % S::kTiles * f.rows + row(tile, id)] = sum;
   }
 };
 
@@ -858,15 +923,15 @@ __global__ void __launch_bounds__(kThreads, 1) frame_blocks_kernel(const __grid_
     const FrameBlock& w = p.block[i];
     float* const conv_state = kBoth ? nullptr : p.conv_state + static_cast<int64_t>(i) * p.b * kTaps * S::kD;
     float* const ssm_state = kBoth ? nullptr : p.ssm_state + static_cast<int64_t>(i) * p.b * S::kD * kStates;
-    step<In<kC, kBoth>>(f, turn, [&](auto& s, int tile) { s.fetch(w, tile); },
-                        [&](auto& s, int tile) { s.run(f, conv_state, tile); });
-    step<XProj<kC, kBoth>>(f, turn, [&](auto& s, int tile) { s.fetch(w, tile); },
-                           [&](auto& s, int tile) { s.run(f, tile); });
+    step<In<kC, kBoth>>(
+        f, turn, [&](auto& s, int tile) { s.fetch(w, tile); }, [&](auto& s, int tile) { s.run(f, conv_state, tile); });
+    step<XProj<kC, kBoth>>(
+        f, turn, [&](auto& s, int tile) { s.fetch(w, tile); }, [&](auto& s, int tile) { s.run(f, tile); });
     if (i + 1 < p.blocks) bring<kC, kBoth>(p.block[i + 1]);
-    step<Scan<kC, kBoth>>(f, turn, [&](auto& s, int tile) { s.fetch(w, ssm_state, tile); },
-                          [&](auto& s, int tile) { s.run(f, conv_state, ssm_state, tile); });
-    step<Out<kC>>(f, turn, [&](auto& s, int tile) { s.fetch(f, w, tile); },
-                  [&](auto& s, int tile) { s.run(f, tile); });
+    step<Scan<kC, kBoth>>(
+        f, turn, [&](auto& s, int tile) { s.fetch(w, ssm_state, tile); },
+        [&](auto& s, int tile) { s.run(f, conv_state, ssm_state, tile); });
+    step<Out<kC>>(f, turn, [&](auto& s, int tile) { s.fetch(f, w, tile); }, [&](auto& s, int tile) { s.run(f, tile); });
   }
 }
 
