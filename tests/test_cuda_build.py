@@ -24,6 +24,7 @@ BOUNDS = {
     "scan_sums_kernel": (40, 0),
     "conv_forward_kernel": (96, 0),
     "conv_backward_kernel": (160, 32),
+    "frame_blocks_kernel": (168, 320),
 }
 ON = {("scan_walk_kernel", "86"): (128, 32)}  # whose multiprocessors hold 16 blocks of one warp, not 20
 

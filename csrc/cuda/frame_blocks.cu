@@ -936,50 +936,57 @@ __global__ void __launch_bounds__(kThreads, 1) frame_blocks_kernel(const __grid_
 }
 
 template <int kC, bool kBoth>
+constexpr int shared_bytes() {
+  return larger(larger(In<kC, kBoth>::kBytes, XProj<kC, kBoth>::Products::kBytes),
+                larger(Scan<kC, kBoth>::kBytes, Out<kC>::Products::kBytes));
+}
+
+template <int kC, bool kBoth>
 void launch_frame(const FrameArgs& args, int grid, void* stream) {
   using S = Sizes<kC>;
-  constexpr int kShared = larger(larger(In<kC, kBoth>::kBytes, XProj<kC, kBoth>::Products::kBytes),
-                                 larger(Scan<kC, kBoth>::kBytes, Out<kC>::Products::kBytes));
   if (args.l < kTaps || args.l > S::kPieces * S::kPiece)
     throw std::invalid_argument("frame_blocks: tokens must be 3 to " + std::to_string(S::kPieces * S::kPiece) +
                                 " for c = " + std::to_string(kC) + ", got " + std::to_string(args.l));
   const Frame f{args, memory_of<kC>(args.memory, args.b, args.l, kBoth ? 2 : 1), args.l, args.b * args.l};
-  launch_together("frame_blocks", frame_blocks_kernel<kC, kBoth>, grid, kThreads, kShared, stream, f);
+  launch_together("frame_blocks", frame_blocks_kernel<kC, kBoth>, grid, kThreads, shared_bytes<kC, kBoth>(), stream, f);
 }
 
-// f of a constant that is c, where there is one.
+// f of a constant that is c; -1 where there is none.
 template <class F>
-auto with_channels(int64_t c, F&& f) -> decltype(f(std::integral_constant<int, 384>())) {
-  switch (c) {
-    case 96:
-      return f(std::integral_constant<int, 96>());
-    case 192:
-      return f(std::integral_constant<int, 192>());
-    case 384:
-      return f(std::integral_constant<int, 384>());
-    case 576:
-      return f(std::integral_constant<int, 576>());
-  }
-  throw std::invalid_argument("frame_blocks: c must be 96, 192, 384 or 576, got " + std::to_string(c));
+int64_t with_channels(int64_t c, F&& f) {
+#ifndef ENDOMAMBA_BF16_ONLY  // the build that tests compile for all architectures
+  if (c == 96) return f(std::integral_constant<int, 96>());
+  if (c == 192) return f(std::integral_constant<int, 192>());
+  if (c == 576) return f(std::integral_constant<int, 576>());
+#endif
+  if (c == 384) return f(std::integral_constant<int, 384>());
+  return -1;
 }
 
 }  // namespace
 
 int64_t frame_memory(int64_t b, int64_t l, int64_t c, int64_t directions) {
-  int64_t bytes = 0;
-  with_channels(c, [&](auto size) {
+  return with_channels(c, [&](auto size) {
+    int64_t bytes = 0;
     memory_of<decltype(size)::value>(nullptr, b, l, static_cast<int>(directions), &bytes);
-    return 0;
+    return bytes;
   });
-  return bytes;
 }
 
 int frame_most_tokens(int64_t c) {
-  if (c != 96 && c != 192 && c != 384 && c != 576) return 0;
-  return with_channels(c, [](auto size) {
+  const int64_t most = with_channels(c, [](auto size) -> int64_t {
     using S = Sizes<decltype(size)::value>;
     return S::kPieces * S::kPiece;
   });
+  return static_cast<int>(larger(0, static_cast<int>(most)));
+}
+
+int64_t frame_shared(int64_t c, int64_t directions) {
+  const int64_t bytes = with_channels(c, [&](auto size) -> int64_t {
+    constexpr int kC = decltype(size)::value;
+    return directions == 2 ? shared_bytes<kC, true>() : shared_bytes<kC, false>();
+  });
+  return larger(0, static_cast<int>(bytes));
 }
 
 void frame_blocks(const FrameArgs& args, int grid, void* stream) {
@@ -989,11 +996,13 @@ void frame_blocks(const FrameArgs& args, int grid, void* stream) {
   // u of both directions, ssm_state of a block
   if (static_cast<int64_t>(args.b) * larger(2 * args.l, kStates) * 2 * args.c > 0x7fffffff)
     throw std::invalid_argument("frame_blocks: more than 2^31 - 1 values in a tensor");
-  with_channels(args.c, [&](auto size) {
+  const int64_t done = with_channels(args.c, [&](auto size) -> int64_t {
     constexpr int kC = decltype(size)::value;
     args.directions == 2 ? launch_frame<kC, true>(args, grid, stream) : launch_frame<kC, false>(args, grid, stream);
     return 0;
   });
+  if (done < 0)
+    throw std::invalid_argument("frame_blocks: c must be 96, 192, 384 or 576, got " + std::to_string(args.c));
 }
 
 }  // namespace endomamba::cuda

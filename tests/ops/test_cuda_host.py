@@ -4,19 +4,12 @@ It proves which element every lane reads, sums and writes, and that no barrier i
 not ex2.approx.
 """
 
-import importlib.util
-import os
-import shutil
-import subprocess
-import sysconfig
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from endomamba import _nvcc
-from endomamba.ops import _extension_cuda, _scan_cuda
+from endomamba.ops import _scan_cuda
 from endomamba.ops._scan import CHUNK
 from endomamba.ops.bidirectional_scan.op import bidirectional_scan_op
 from endomamba.ops.frame_step import frame_step
@@ -25,13 +18,9 @@ from tests.accuracy import assert_as_accurate_as_eager
 from tests.ops import backends as on
 from tests.ops import test_causal_conv1d as conv
 from tests.ops import test_mixer_inner as mixer
+from tests.ops.cuda_on_host import needs_compiler
 from tests.ops.scan_cases import cast, check_accuracy, dtype_id, make, run, scan
 
-ROOT = Path(__file__).resolve().parents[2]
-needs_compiler = pytest.mark.skipif(
-    not on.PLAIN or shutil.which("g++") is None or _extension_cuda._pybind11() is None,
-    reason="needs g++ and pybind11, in the plain run",
-)
 pytestmark = needs_compiler
 
 # What changes one thing of b2 l9 d12: lengths around tiles of 8 and chunks of 64, channels around a warp's 32,
@@ -52,28 +41,6 @@ ROWS = {
 }  # fmt: skip
 BACK_ROWS = ROWS | {"b9": {"b": 9, "l": 3}}  # more sequences than workers
 ONE_WAY, TWO_WAY = ("reverse", "reverse-time"), ("scale",)
-
-
-@pytest.fixture(scope="module")
-def host_module(tmp_path_factory):
-    """endomamba._C_cuda of fibers instead of threads; one for all workers of a run."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if os.environ.get("PYTEST_XDIST_WORKER") else folder
-    target = folder / f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    with _extension_cuda._locked(folder / "_C_cuda.lock"):
-        if not target.exists():
-            fresh = target.with_suffix(".tmp")
-            flags = ["-std=c++17", "-O0", "-g0", "-shared", "-fPIC", "-DENDOMAMBA_HOST", "-Icsrc", "-Itests/ops"]
-            flags += ["-fsanitize=alignment"]
-            include = [f"-I{_extension_cuda._pybind11()}", f"-I{sysconfig.get_path('include')}"]
-            sources = ["-x", "c++", "-include", "cuda_host.h", *_nvcc.kernels(ROOT), _nvcc.BINDINGS]
-            subprocess.run(["g++", *flags, *include, *sources, "-o", str(fresh)], cwd=ROOT, check=True)
-            fresh.rename(target)
-    # pybind11 hands out the module that it has under a name, whatever the file
-    spec = importlib.util.spec_from_file_location("host._C_cuda", target)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(params=["walk", "frame"])
