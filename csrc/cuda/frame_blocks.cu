@@ -879,20 +879,6 @@ struct Out {
 
 // ---- the kernel ----------------------------------------------------------------------------------------------------
 
-// The matrices of a block, brought to L2 while the scan of the one before has little to load: 128 bytes a thread.
-template <int kC, bool kBoth>
-__device__ __forceinline__ void bring(const FrameBlock& p) {
-#ifndef ENDOMAMBA_HOST
-  using S = Sizes<kC>;
-  constexpr int kIn = 2 * S::kD * kC / 64, kOut = S::kD * kC / 64, kX = (kBoth ? 2 : 1) * S::kProj * S::kD / 64;
-  for (int i = block_of_grid() * kThreads + thread(); i < kIn + kOut + kX; i += gridDim.x * kThreads) {
-    const char* const p0 = static_cast<const char*>(i < kIn ? p.in_proj : i < kIn + kOut ? p.out_proj : p.x_proj);
-    const int line = i < kIn ? i : i < kIn + kOut ? i - kIn : i - kIn - kOut;
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(p0 + 128 * line));
-  }
-#endif
-}
-
 // What the first tile needs of the weights is asked for before the barrier.
 template <class Step, class Fetch, class Run>
 __device__ __forceinline__ void step(const Frame& f, unsigned& turn, Fetch&& fetch, Run&& run) {
@@ -927,7 +913,6 @@ __global__ void __launch_bounds__(kThreads, 1) frame_blocks_kernel(const __grid_
         f, turn, [&](auto& s, int tile) { s.fetch(w, tile); }, [&](auto& s, int tile) { s.run(f, conv_state, tile); });
     step<XProj<kC, kBoth>>(
         f, turn, [&](auto& s, int tile) { s.fetch(w, tile); }, [&](auto& s, int tile) { s.run(f, tile); });
-    if (i + 1 < p.blocks) bring<kC, kBoth>(p.block[i + 1]);
     step<Scan<kC, kBoth>>(
         f, turn, [&](auto& s, int tile) { s.fetch(w, ssm_state, tile); },
         [&](auto& s, int tile) { s.run(f, conv_state, ssm_state, tile); });
