@@ -17,7 +17,7 @@ $(PYTEST) $(1) && exit $$interpreted
 endef
 # Not .venv/bin/clang-format: on top of an active environment the command may stand there instead.
 CLANG_FORMAT := $(RUN) -c "from clang_format import clang_format; clang_format()"
-CPP = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+CPP = $(wildcard csrc/*.h csrc/*.cpp $(addprefix csrc/*/*.,h cpp cu cuh))
 
 .PHONY: help demo test test-all lint format build clean distclean
 .DEFAULT_GOAL := help

@@ -1,5 +1,8 @@
 """Builds endomamba._C, the CPU kernels: pybind11 and OpenMP, no torch header, never a reason for an install to fail.
 
+endomamba._C_cuda is built at first use, from the sources that a wheel carries in endomamba/_src.  With
+ENDOMAMBA_BUILD_CUDA=1 it is built here, for all of _nvcc.WHEEL_ARCHS, and the build fails where it cannot be.
+
 csrc/bindings.cpp and csrc/cpu/dispatch.cpp are compiled once, every other csrc/cpu/*.cpp once per instruction-set
 level.  Where that cannot be done the package installs without _C, and endomamba/_build_info.json holds the compiler's
 own words, which `endomamba info` shows.  Everything else about the package stands in pyproject.toml.
@@ -8,6 +11,7 @@ own words, which `endomamba info` shows.  Everything else about the package stan
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -34,6 +38,17 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     LEVELS["avx512"] = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", *LEVELS["avx2"]]
     LEVELS["avx512bf16"] = ["-mavx512bf16", *LEVELS["avx512"]]
+
+
+CUDA = "endomamba._C_cuda"
+
+
+def load_nvcc():
+    """endomamba/_nvcc.py alone: the package itself needs torch."""
+    spec = importlib.util.spec_from_file_location("_nvcc", ROOT / "endomamba" / "_nvcc.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class BuildError(Exception):
@@ -113,11 +128,37 @@ def drop_old(objects: Path, days: float = 2.0) -> None:
 class BuildKernels(build_ext):
     def run(self) -> None:
         super().run()
+        if not self.inplace:
+            self.copy_cuda_sources()
         if self.inplace:
             shutil.copyfile(self.info_path(), ROOT / "endomamba" / "_build_info.json")
             for file in map(Path, self.get_outputs()):  # no older _C stays behind: these sources, or nothing
                 if not Path(self.build_lib, "endomamba", file.name).exists():
                     (ROOT / "endomamba" / file.name).unlink(missing_ok=True)
+
+    def copy_cuda_sources(self) -> None:
+        """What `endomamba.ops._extension_cuda` builds from: an installed package has no csrc/ beside it."""
+        nvcc, target = load_nvcc(), Path(self.build_lib, "endomamba", "_src")
+        shutil.rmtree(target, ignore_errors=True)
+        for source in (*nvcc.headers(ROOT), *(ROOT / name for name in (*nvcc.kernels(ROOT), nvcc.BINDINGS))):
+            if source.is_file():
+                copy = target / source.relative_to(ROOT)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, copy)
+
+    def build_cuda(self, target: Path) -> None:
+        nvcc = load_nvcc()
+        compiler = nvcc.find_nvcc()
+        if compiler is None:
+            raise SystemExit("ENDOMAMBA_BUILD_CUDA=1: no nvcc was found (CUDACXX, CUDA_HOME, PATH, /usr/local/cuda)")
+        import pybind11
+
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            built = nvcc.build(ROOT, target, nvcc.archs_named() or nvcc.WHEEL_ARCHS, pybind11.get_include(), compiler)
+        except nvcc.BuildError as error:
+            raise SystemExit(f"ENDOMAMBA_BUILD_CUDA=1: {error}") from error
+        print(f"endomamba: {target.name} for sm_{', sm_'.join(built['archs'])} with nvcc {built['nvcc']}")
 
     def info_path(self) -> Path:
         return Path(self.build_lib, "endomamba", "_build_info.json")
@@ -126,6 +167,8 @@ class BuildKernels(build_ext):
         info = {"version": self.distribution.get_version()}
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.unlink(missing_ok=True)
+        if ext.name == CUDA:
+            return self.build_cuda(target)
         try:
             info |= self.build_kernels(target)
         except BuildError as error:
@@ -177,4 +220,7 @@ class BuildKernels(build_ext):
 
 
 # `optional` tells setuptools that the file may be missing afterwards.
-setup(ext_modules=[Extension("endomamba._C", list(ONCE), optional=True)], cmdclass={"build_ext": BuildKernels})
+extensions = [Extension("endomamba._C", list(ONCE), optional=True)]
+if os.environ.get("ENDOMAMBA_BUILD_CUDA") == "1":
+    extensions.append(Extension(CUDA, [load_nvcc().BINDINGS]))
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildKernels})

@@ -9,6 +9,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "bindings_conv.h"
+#include "bindings_scan.h"
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
 #include "cpu/view_caster.h"
@@ -106,82 +108,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_level", &set_level, py::arg("level"));
   m.attr("CHUNK") = kChunk;
 
+  bind_scan_arguments(m);
 #define FIELD(type, name) def_readwrite(#name, &type::name)
-  py::class_<ScanDirection>(m, "ScanDirection")
-      .def(py::init<>())
-      .FIELD(ScanDirection, x)
-      .FIELD(ScanDirection, dt)
-      .FIELD(ScanDirection, A)
-      .FIELD(ScanDirection, B)
-      .FIELD(ScanDirection, C)
-      .FIELD(ScanDirection, D)
-      .FIELD(ScanDirection, dt_bias)
-      .FIELD(ScanDirection, initial_state)
-      .FIELD(ScanDirection, final_state)
-      .FIELD(ScanDirection, chunk_states)
-      .FIELD(ScanDirection, reverse)
-      .FIELD(ScanDirection, groups_B)
-      .FIELD(ScanDirection, groups_C)
-      .FIELD(ScanDirection, constant_B)
-      .FIELD(ScanDirection, constant_C)
-      .FIELD(ScanDirection, dfinal_state)
-      .FIELD(ScanDirection, dx)
-      .FIELD(ScanDirection, ddt)
-      .FIELD(ScanDirection, dB)
-      .FIELD(ScanDirection, dC)
-      .FIELD(ScanDirection, dA)
-      .FIELD(ScanDirection, dD)
-      .FIELD(ScanDirection, ddt_bias)
-      .FIELD(ScanDirection, dinitial_state);
-
-  py::class_<ScanArgs>(m, "ScanArgs")
-      .def(py::init<>())
-      .FIELD(ScanArgs, b)
-      .FIELD(ScanArgs, l)
-      .FIELD(ScanArgs, d)
-      .FIELD(ScanArgs, n)
-      .FIELD(ScanArgs, frames)
-      .FIELD(ScanArgs, cu_seqlens)
-      .FIELD(ScanArgs, dtype)
-      .FIELD(ScanArgs, out_dtype)
-      .FIELD(ScanArgs, threads)
-      .FIELD(ScanArgs, softplus)
-      .FIELD(ScanArgs, scale)
-      .FIELD(ScanArgs, z)
-      .FIELD(ScanArgs, y)
-      .FIELD(ScanArgs, mask)
-      .FIELD(ScanArgs, dy)
-      .FIELD(ScanArgs, dz)
-      .def("add_direction", [](ScanArgs& a, const ScanDirection& dir) { a.dir[a.directions++] = dir; });
-
-  py::class_<ConvDirection>(m, "ConvDirection")
-      .def(py::init<>())
-      .FIELD(ConvDirection, weight)
-      .FIELD(ConvDirection, bias)
-      .FIELD(ConvDirection, y)
-      .FIELD(ConvDirection, dy)
-      .FIELD(ConvDirection, dweight)
-      .FIELD(ConvDirection, dbias);
-
-  py::class_<ConvArgs>(m, "ConvArgs")
-      .def(py::init<>())
-      .FIELD(ConvArgs, b)
-      .FIELD(ConvArgs, l)
-      .FIELD(ConvArgs, d)
-      .FIELD(ConvArgs, w)
-      .FIELD(ConvArgs, frames)
-      .FIELD(ConvArgs, cu_seqlens)
-      .FIELD(ConvArgs, dtype)
-      .FIELD(ConvArgs, threads)
-      .FIELD(ConvArgs, silu)
-      .FIELD(ConvArgs, reverse)
-      .FIELD(ConvArgs, x)
-      .FIELD(ConvArgs, initial_state)
-      .FIELD(ConvArgs, final_state)
-      .FIELD(ConvArgs, dx)
-      .FIELD(ConvArgs, dfinal_state)
-      .FIELD(ConvArgs, dinitial_state)
-      .def("add_direction", [](ConvArgs& a, const ConvDirection& dir) { a.dir[a.directions++] = dir; });
+  bind_conv_arguments(m);
 
   py::class_<NormArgs>(m, "NormArgs")
       .def(py::init<>())

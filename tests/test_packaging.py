@@ -127,6 +127,11 @@ def test_install_without_a_compiler(tmp_path):
     info = install(checkout(tmp_path / "source"), target, CC="/nonexistent/cc", CXX="/nonexistent/c++")
     assert info == {"version": endomamba.__version__, "error": "no C++ compiler: CXX=c++ was not found"}
     assert (target / "endomamba" / "py.typed").exists()
+    carried, own = (
+        sorted(path.relative_to(root) for path in (root / "csrc").rglob("*") if path.suffix in (".cu", ".cuh"))
+        for root in (target / "endomamba" / "_src", ROOT)
+    )
+    assert carried == own  # what the CUDA kernels are built from at first use
 
     code = """if True:
         import sys  # an editable install beside it would lend its own _C

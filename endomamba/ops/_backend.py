@@ -22,11 +22,15 @@ _warned: set[str] = set()
 
 @dataclass(frozen=True)
 class Backend:
-    """fwd and bwd take the op's arguments; `unsupported(*tensors)` returns every reason why they cannot run."""
+    """fwd and bwd take the op's arguments; `unsupported(*tensors)` returns every reason why they cannot run.
+
+    `faster(phase, *tensors)`: it can run them and was measured faster there than those before it in `AUTO`.
+    """
 
     fwd: Callable
     bwd: Callable | None
     unsupported: Callable[..., list[str]]
+    faster: Callable[..., bool] | None = None
 
 
 def register(op: str, table: dict[str, Backend]) -> dict[str, Backend]:
@@ -42,8 +46,13 @@ def reasons(op: str, name: str, *tensors: Tensor | None) -> list[str]:
     return table[name].unsupported(*tensors)
 
 
-def choose(op: str, backend: str, *tensors: Tensor | None) -> Backend:
-    """The back end that runs this call.  "auto" walks `AUTO`; a named one runs or raises with its reasons."""
+def choose(op: str, backend: str, *tensors: Tensor | None, phase: str = "") -> Backend:
+    """The back end that runs this call.  "auto" walks `AUTO`; a named one runs or raises with its reasons.
+
+    phase: "forward", "saving" (a forward with a backward to come) or "backward", for back ends that were measured
+    faster in some; empty where the choice may not look at the shape.
+    An op's row "auto", where it has one, is Triton's with the back end of each of its parts chosen by itself.
+    """
     table = TABLES[op]
     if backend != "auto":
         check_backend(op, backend)
@@ -52,18 +61,28 @@ def choose(op: str, backend: str, *tensors: Tensor | None) -> Backend:
             raise NotImplementedError(f"{op}: backend {backend!r} cannot run this call: " + "; ".join(why))
         return table[backend]
     order = AUTO.get(tensors[0].device.type, ())
+    for name in order:
+        row = table.get(name)
+        if phase and row and row.faster and row.faster(phase, *tensors):
+            return row
     seen: dict[str, list[str]] = {}
     for name in order:
         seen[name] = reasons(op, name, *tensors)
         if not seen[name]:
             if name == "reference":
                 _warn_once(op, seen)
-            return table[name]
+            return table.get("auto", table[name]) if name == "triton" else table[name]
     if not order:
         seen = {name: reasons(op, name, *tensors) for name in NAMES if name != "reference"}
     seen["reference"] = ["runs here by name only: backend='reference'"]
     lines = "".join(f"\n  {name}: {'; '.join(why)}" for name, why in seen.items())
     raise NotImplementedError(f"{op}: no backend can run this call on {tensors[0].device}{lines}")
+
+
+def measured_phase(phase: str, frames: int, plan: str) -> str:
+    """`choose`'s phase for a scan: a table of shapes may decide, but no walk other than the measured one was measured,
+    and plan="invariant" forbids to look at the number of sequences."""
+    return "" if frames or plan == "invariant" else phase
 
 
 def check_backend(op: str, backend: str) -> None:
@@ -120,8 +139,10 @@ def plain_dtypes(device: torch.device) -> AbstractContextManager:
 FP64 = "float64 runs on the reference only"
 
 
-def explain(op: str, *tensors: Tensor | None) -> str:
+def explain(op: str, *tensors: Tensor | None, phase: str = "forward") -> str:
     """Which back end `op` would take for these tensors, and what speaks against each of the others.
+
+    phase: "forward" (inference), "saving" (a forward with a backward to come) or "backward".
 
     >>> print(explain("selective_scan", x))
     """
@@ -129,7 +150,10 @@ def explain(op: str, *tensors: Tensor | None) -> str:
         raise ValueError(f"explain: op must be one of {', '.join(sorted(TABLES))}, got {op!r}")
     device = tensors[0].device.type
     order = AUTO.get(device, ())
-    chosen = next((name for name in order if not reasons(op, name, *tensors)), None)
+    able = [name for name in order if not reasons(op, name, *tensors)]
+    rows = {name: TABLES[op][name] for name in able}
+    fast = [name for name, row in rows.items() if row.faster and row.faster(phase, *tensors)]
+    chosen = next(iter((*fast, *able)), None)
     lines = [f"{op} on {device}, {str(tensors[0].dtype).removeprefix('torch.')}: {chosen or 'no backend'}"]
     for name in NAMES:
         why = reasons(op, name, *tensors)

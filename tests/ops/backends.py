@@ -4,7 +4,7 @@
 |---|---|---|
 | plain | CPU | reference, cpu |
 | TRITON_INTERPRET=1 | CPU, no bf16: the interpreter has it wrong | triton |
-| ENDOMAMBA_TEST_DEVICE=cuda | GPU | reference, triton |
+| ENDOMAMBA_TEST_DEVICE=cuda | GPU | reference, triton, cuda |
 
 The plain run has every test.  The other two have those with a `backend` among theirs and those marked `triton`.
 """
@@ -19,7 +19,7 @@ from endomamba.ops._triton import INTERPRET
 
 DEVICE = "cuda" if os.environ.get("ENDOMAMBA_TEST_DEVICE") == "cuda" else "cpu"
 PLAIN = not INTERPRET and DEVICE == "cpu"
-NAMES = ("triton",) if INTERPRET else ("reference", "triton") if DEVICE == "cuda" else ("reference", "cpu")
+NAMES = ("triton",) if INTERPRET else ("reference", "triton", "cuda") if DEVICE == "cuda" else ("reference", "cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 if INTERPRET:
     del DTYPES["bf16"]
@@ -39,12 +39,12 @@ def _params(op: str, *names: str):
 
 def backends(op: str):
     """Parametrises `backend` with all that this run has."""
-    return _params(op, "reference", "cpu", "triton")
+    return _params(op, "reference", "cpu", "triton", "cuda")
 
 
 def compiled(op: str):
     """Without the reference."""
-    return _params(op, "cpu", "triton")
+    return _params(op, "cpu", "triton", "cuda")
 
 
 def native(op: str):
@@ -58,7 +58,7 @@ SPLITTING = ["triton"] if "triton" in NAMES else []
 
 def slack(backend: str) -> float:
     """A factor on the accuracy rule: ex2.approx of a GPU errs by 2 ulp, exp of PyTorch by half of one."""
-    return 2.0 if backend == "triton" and DEVICE == "cuda" else 1.0
+    return 2.0 if backend in ("triton", "cuda") and DEVICE == "cuda" else 1.0
 
 
 too_large_interpreted = pytest.mark.skipif(INTERPRET, reason="too large for the interpreter")

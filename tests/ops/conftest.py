@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.ops.backends import DEVICE, INTERPRET, NAMES, PLAIN
+from tests.ops.cuda_on_host import host_module  # noqa: F401
 
 # Here, before the test modules are imported: their tables hold tensors.
 if DEVICE != "cpu":
@@ -26,6 +27,17 @@ def pytest_collection_modifyitems(config, items):
     kept = [item for item in items if keep(item)]
     config.hook.pytest_deselected(items=[item for item in items if not keep(item)])
     items[:] = kept
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """On a GPU: the CUDA kernels take less than the others and say so, which is no failure."""
+    try:
+        return (yield)
+    except Exception as refused:  # NotImplementedError, or what opcheck makes of one
+        if DEVICE == "cuda" and "backend 'cuda' cannot run this call" in str(refused):
+            pytest.skip(str(refused))
+        raise
 
 
 def _poisoned(allocate):

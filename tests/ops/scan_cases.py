@@ -24,8 +24,23 @@ def dtype_id(dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}[dtype]
 
 
+# The CUDA kernels have one state size.
+STATES = 16 if on.DEVICE == "cuda" else 4
+
+
 def make(
-    b=2, l=9, d=12, n=4, g=None, dtype=torch.float32, constant="", absent=(), seqs=None, directions=1, seed=0, **flags
+    b=2,
+    l=9,
+    d=12,
+    n=STATES,
+    g=None,
+    dtype=torch.float32,
+    constant="",
+    absent=(),
+    seqs=None,
+    directions=1,
+    seed=0,
+    **flags,
 ) -> dict:
     """Arguments of a scan in the public form.  constant: "B", "C" or "BC"; absent: names left out; the rest: flags."""
     random = Random(seed)
@@ -60,7 +75,7 @@ def make(
 def drawn_sizes(data) -> dict:
     """Up to a few of each; on a GPU, which compiles anew for other sizes, one choice that allows every kind of load."""
     if on.DEVICE == "cuda":
-        return {"b": 3, "l": 6, "d": 9, "n": 4}
+        return {"b": 3, "l": 6, "d": 9, "n": STATES}
     return {k: data.draw(st.integers(1, high), label=k) for k, high in (("b", 3), ("l", 6), ("d", 9), ("n", 5))}
 
 
@@ -122,12 +137,12 @@ def assert_close(got: dict, want: dict, tolerance=1e-11) -> None:
 
 
 def assert_same(got: dict, want: dict, backend: str) -> None:
-    """The same bits; on the reference, in fp64 (`exact`), and on Triton the same up to rounding.
+    """The same bits; on the reference, in fp64 (`exact`), and on a GPU the same up to rounding.
 
     PyTorch's vectorised loops take the end of a tensor another way, so the reference's bits move with shape and stride.
-    A Triton kernel may sum in an order that moves with them too.
+    A GPU kernel may sum in an order that moves with them too.
     """
-    if backend == "triton":
+    if backend in ("triton", "cuda"):
         for name, value in want.items():
             eps = max(8 * torch.finfo(value.dtype).eps, 1e-5)
             atol = eps * float(value.abs().max()) if value.numel() else 0

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import _triton
-from .._backend import Backend, choose, register
+from .. import _scan_cuda, _triton
+from .._backend import Backend, choose, measured_phase, register
 from .._native import unsupported
 from .._scan import chunk_states_shape, empty, state_dtype
 from .._scan_native import scan_bwd, scan_fwd
@@ -31,6 +31,12 @@ BACKENDS = register(
             partial(rows.fwd, _triton.lazy(SHARED, "_scan_triton", "scan_fwd")),
             partial(rows.bwd, _triton.lazy(SHARED, "_scan_triton", "scan_bwd")),
             _triton.unsupported,
+        ),
+        "cuda": Backend(
+            partial(rows.fwd, _scan_cuda.scan_fwd),
+            partial(rows.bwd, _scan_cuda.scan_bwd),
+            _scan_cuda.unsupported_both,
+            _scan_cuda.faster_both,
         ),
         "cpu": Backend(partial(rows.fwd, scan_fwd), partial(rows.bwd, scan_bwd), unsupported),
         "reference": Backend(reference.fwd, reference.bwd, lambda *tensors: []),
@@ -72,9 +78,11 @@ def bidirectional_scan_op(
     """-> y (b, l, d), two final states (sequences, d, n), two chunk_states, each in its own walking order."""
     tensors = (
         x, dt, A, B, C, x_b, dt_b, A_b, B_b, C_b, D, D_b, z, dt_bias, dt_bias_b, initial_state, initial_state_b,
+        cu_seqlens, mask,
     )  # fmt: skip
-    return choose("bidirectional_scan", backend, *tensors).fwd(
-        *tensors, cu_seqlens, mask,
+    phase = measured_phase("saving" if save_states else "forward", frames, plan)
+    return choose("bidirectional_scan", backend, *tensors, phase=phase).fwd(
+        *tensors,
         scale, dt_softplus, frames, max_seqlen, return_final_state, save_states, out_fp32, plan,
     )  # fmt: skip
 
@@ -131,9 +139,11 @@ def bidirectional_scan_backward_op(
     """-> the gradients in the order of the inputs, dx to dinitial_state_b.  Absent incoming gradients are zero."""
     tensors = (
         x, dt, A, B, C, x_b, dt_b, A_b, B_b, C_b, D, D_b, z, dt_bias, dt_bias_b, initial_state, initial_state_b,
+        cu_seqlens, mask,
     )  # fmt: skip
-    return choose("bidirectional_scan", backend, *tensors).bwd(
-        dy, dfinal_state, dfinal_state_b, *tensors, cu_seqlens, mask, chunk_states, chunk_states_b,
+    phase = measured_phase("backward", frames, plan)
+    return choose("bidirectional_scan", backend, *tensors, phase=phase).bwd(
+        dy, dfinal_state, dfinal_state_b, *tensors, chunk_states, chunk_states_b,
         scale, dt_softplus, frames, max_seqlen, plan,
     )  # fmt: skip
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -17,8 +19,9 @@ __all__ = [
 ]
 
 
-def _arguments(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, silu: bool, frames: int):
-    args = _C.ConvArgs()
+def arguments(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, silu: bool, frames: int, module: ModuleType = _C):
+    """The module's ConvArgs: endomamba._C, or endomamba._C_cuda, which has the same."""
+    args = module.ConvArgs()
     args.b, args.l, args.d = x.shape
     args.w = weight.shape[1]
     if cu_seqlens is not None:
@@ -31,8 +34,8 @@ def _arguments(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, silu: bool,
     return args
 
 
-def _forward_direction(weight: Tensor, bias: Tensor | None, y: Tensor):
-    dir = _C.ConvDirection()
+def forward_direction(weight: Tensor, bias: Tensor | None, y: Tensor, module: ModuleType = _C):
+    dir = module.ConvDirection()
     dir.weight, dir.bias, dir.y = view(weight), view(bias), view(y)
     return dir
 
@@ -53,7 +56,7 @@ def _int64(cu_seqlens: Tensor | None) -> Tensor | None:
 def causal_conv1d_fwd(x, weight, bias, initial_state, cu_seqlens, silu, reverse, frames, return_final_state):
     cu_seqlens = _int64(cu_seqlens)
     y = x.new_empty(x.shape)
-    args = _arguments(x, weight, cu_seqlens, silu, frames)
+    args = arguments(x, weight, cu_seqlens, silu, frames)
     args.reverse = reverse
     if initial_state is not None:
         args.initial_state = view(initial_state)
@@ -62,7 +65,7 @@ def causal_conv1d_fwd(x, weight, bias, initial_state, cu_seqlens, silu, reverse,
         args.final_state = view(final_state)
     else:
         final_state = weight.new_empty(0)
-    args.add_direction(_forward_direction(weight, bias, y))
+    args.add_direction(forward_direction(weight, bias, y))
     _C.conv_fwd(args)
     return y, final_state
 
@@ -71,7 +74,7 @@ def causal_conv1d_bwd(dy, dfinal_state, x, weight, bias, initial_state, cu_seqle
     cu_seqlens = _int64(cu_seqlens)
     dx = x.new_empty(x.shape) if dx is None else dx
     dstate = weight.new_empty(0 if initial_state is None else initial_state.shape)
-    args = _arguments(x, weight, cu_seqlens, silu, frames)
+    args = arguments(x, weight, cu_seqlens, silu, frames)
     args.reverse = reverse
     args.dx, args.dfinal_state = view(dx), view(dfinal_state)
     if initial_state is not None:
@@ -85,9 +88,9 @@ def causal_conv1d_bwd(dy, dfinal_state, x, weight, bias, initial_state, cu_seqle
 def bidirectional_conv1d_fwd(x, weight, bias, weight_b, bias_b, cu_seqlens, silu, frames):
     cu_seqlens = _int64(cu_seqlens)
     y, y_b = x.new_empty(x.shape), x.new_empty(x.shape)
-    args = _arguments(x, weight, cu_seqlens, silu, frames)
-    args.add_direction(_forward_direction(weight, bias, y))
-    args.add_direction(_forward_direction(weight_b, bias_b, y_b))
+    args = arguments(x, weight, cu_seqlens, silu, frames)
+    args.add_direction(forward_direction(weight, bias, y))
+    args.add_direction(forward_direction(weight_b, bias_b, y_b))
     _C.conv_fwd(args)
     return y, y_b
 
@@ -95,7 +98,7 @@ def bidirectional_conv1d_fwd(x, weight, bias, weight_b, bias_b, cu_seqlens, silu
 def bidirectional_conv1d_bwd(dy, dy_b, x, weight, bias, weight_b, bias_b, cu_seqlens, silu, frames, dx=None):
     cu_seqlens = _int64(cu_seqlens)
     dx = x.new_empty(x.shape) if dx is None else dx
-    args = _arguments(x, weight, cu_seqlens, silu, frames)
+    args = arguments(x, weight, cu_seqlens, silu, frames)
     args.dx = view(dx)
     dir, dweight, dbias = _backward_direction(weight, bias, dy)
     args.add_direction(dir)

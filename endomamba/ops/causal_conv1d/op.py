@@ -9,12 +9,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .._backend import Backend, choose, register
 from .._triton import backend as triton
-from . import native, reference
+from . import cuda, native, reference
 
 register(
     "causal_conv1d",
     {
         "triton": triton(__package__, "causal_conv1d_fwd", "causal_conv1d_bwd"),
+        "cuda": Backend(cuda.causal_conv1d_fwd, cuda.causal_conv1d_bwd, cuda.unsupported),
         "cpu": Backend(native.causal_conv1d_fwd, native.causal_conv1d_bwd, native.unsupported),
         "reference": Backend(reference.causal_conv1d_fwd, reference.causal_conv1d_bwd, reference.unsupported),
     },
@@ -23,6 +24,7 @@ register(
     "bidirectional_conv1d",
     {
         "triton": triton(__package__, "bidirectional_conv1d_fwd", "bidirectional_conv1d_bwd"),
+        "cuda": Backend(cuda.bidirectional_conv1d_fwd, cuda.bidirectional_conv1d_bwd, cuda.unsupported),
         "cpu": Backend(native.bidirectional_conv1d_fwd, native.bidirectional_conv1d_bwd, native.unsupported),
         "reference": Backend(
             reference.bidirectional_conv1d_fwd, reference.bidirectional_conv1d_bwd, reference.unsupported
@@ -53,7 +55,7 @@ def causal_conv1d_op(
     plan: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return choose("causal_conv1d", backend, x).fwd(
+    return choose("causal_conv1d", backend, x, weight, cu_seqlens).fwd(
         x, weight, bias, initial_state, cu_seqlens, silu, reverse, frames, return_final_state
     )
 
@@ -82,7 +84,7 @@ def causal_conv1d_backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias, dinitial_state; the last two are empty where there is no bias or no initial state."""
-    return choose("causal_conv1d", backend, x).bwd(
+    return choose("causal_conv1d", backend, x, weight, cu_seqlens).bwd(
         dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, silu, reverse, frames
     )
 
@@ -136,7 +138,9 @@ def bidirectional_conv1d_op(
     plan: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return choose("bidirectional_conv1d", backend, x).fwd(x, weight, bias, weight_b, bias_b, cu_seqlens, silu, frames)
+    return choose("bidirectional_conv1d", backend, x, weight, cu_seqlens).fwd(
+        x, weight, bias, weight_b, bias_b, cu_seqlens, silu, frames
+    )
 
 
 @bidirectional_conv1d_op.register_fake
@@ -161,7 +165,7 @@ def bidirectional_conv1d_backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias, dweight_b, dbias_b; a bias that is not there has an empty gradient."""
-    return choose("bidirectional_conv1d", backend, x).bwd(
+    return choose("bidirectional_conv1d", backend, x, weight, cu_seqlens).bwd(
         dy, dy_b, x, weight, bias, weight_b, bias_b, cu_seqlens, silu, frames
     )
 

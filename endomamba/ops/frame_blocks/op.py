@@ -13,9 +13,9 @@ from .. import _native, _triton
 from .._backend import Backend, choose, register
 from .._triton import lazy
 from ..mixer_inner.op import mixer_flops
-from . import reference
+from . import cuda, reference
+from .cuda import WEIGHTS
 
-WEIGHTS = 9  # tensors of a block
 PRODUCTS = {torch.bfloat16, torch.float32}
 
 
@@ -45,6 +45,7 @@ register(
     "frame_blocks",
     {
         "triton": Backend(lazy("endomamba.ops.frame_blocks", "triton_fwd", "frame_blocks"), None, _by_kernels),
+        "cuda": Backend(cuda.frame_blocks, None, cuda.unsupported, cuda.faster),
         "cpu": _by("cpu", _native.unsupported),
         "reference": _by("reference", lambda _: []),
     },
@@ -60,7 +61,7 @@ def frame_blocks_op(
     eps: float,
     backend: str,
 ) -> None:
-    run = choose("frame_blocks", backend, residual, weights).fwd
+    run = choose("frame_blocks", backend, residual, weights, phase="forward").fwd
     run(
         residual, [tuple(weights[i : i + WEIGHTS]) for i in range(0, len(weights), WEIGHTS)], conv_state, ssm_state, eps
     )

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import _triton
 from .._backend import Backend, choose, plain_dtypes, register
+from .._scan_cuda import unsupported_mixer as unsupported_cuda
 from ..mixer_inner import compose, native
 from ..mixer_inner.compose import Side, Walk
 from ..mixer_inner.op import mixer_flops
@@ -25,6 +26,7 @@ BACKENDS = register(
     "frame_step",
     {
         "triton": Backend(partial(composed, "triton"), None, _triton.unsupported),
+        "cuda": Backend(partial(composed, "cuda"), None, unsupported_cuda),
         "cpu": Backend(native.step, None, native.unsupported),
         "reference": Backend(partial(composed, "reference"), None, lambda *_: []),
     },
@@ -47,7 +49,7 @@ def frame_step_op(
 ) -> Tensor:
     side = Side(conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_bias, A, D)
     with plain_dtypes(xz.device):
-        return choose("frame_step", backend, xz).fwd(xz, side, conv_state, ssm_state)
+        return choose("frame_step", backend, xz, A, conv_weight).fwd(xz, side, conv_state, ssm_state)
 
 
 @frame_step_op.register_fake

@@ -1,5 +1,7 @@
 """mixer_inner from the conv and scan kernels of one back end, forward and its backward by hand.
 
+Back end "auto": each kernel's own choice, as if it were called by itself.
+
 Letters: b sequences, l tokens, d channels, n state size, r dt rank, w conv width, c channels of the model.
 u is the convolved input, y the gated sum of the scans.
 """
@@ -12,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._backend import TABLES
+from .._backend import TABLES, Backend, choose, measured_phase
 from .._scan import empty
 
 
@@ -98,21 +100,25 @@ def fwd(
     xz is the input of in_proj where that is given.
     """
     x, z = linear(xz, in_proj).chunk(2, dim=-1)
+    phase = "saving" if save_states else "forward"
     if side_b is None:
         u, conv_state = _conv(backend, x, side, initial_conv_state, walk, return_final_state)
         dt, B, C, _ = project(u, side)
-        y, ssm_state, chunks = TABLES["selective_scan"][backend].fwd(
-            u, dt, side.A, B, C, side.D, z, side.dt_bias, initial_ssm_state, walk.cu_seqlens, None,
+        tensors = (u, dt, side.A, B, C, side.D, z, side.dt_bias, initial_ssm_state, walk.cu_seqlens, None)
+        y, ssm_state, chunks = _scan("selective_scan", backend, phase, walk, tensors).fwd(
+            *tensors,
             True, walk.reverse, walk.frames, walk.max_seqlen, return_final_state, save_states, False, walk.plan,
         )  # fmt: skip
         return linear(y, out_proj), conv_state, ssm_state, chunks, empty(xz, dtype=chunks.dtype)
     u, u_b = _conv_both(backend, x, side, side_b, walk)
     dt, B, C, _ = project(u, side)
     dt_b, B_b, C_b, _ = project(u_b, side_b)
-    y, _, _, chunks, chunks_b = TABLES["bidirectional_scan"][backend].fwd(
+    tensors = (
         u, dt, side.A, B, C, u_b, dt_b, side_b.A, B_b, C_b, side.D, side_b.D, z, side.dt_bias, side_b.dt_bias,
         None, None, walk.cu_seqlens, None,
-        scale, True, walk.frames, walk.max_seqlen, False, save_states, False, walk.plan,
+    )  # fmt: skip
+    y, _, _, chunks, chunks_b = _scan("bidirectional_scan", backend, phase, walk, tensors).fwd(
+        *tensors, scale, True, walk.frames, walk.max_seqlen, False, save_states, False, walk.plan,
     )  # fmt: skip
     absent = (empty(xz, dtype=chunks.dtype) for _ in range(2))
     return linear(y, out_proj), *absent, chunks, chunks_b
@@ -147,13 +153,16 @@ def bwd(
     if side_b is None:
         u, _ = _conv(backend, x, side, initial_conv_state, walk, False)
         projected = project(u, side)
-        du, ddt, dA, dB, dC, dD, _, ddt_bias, dssm = TABLES["selective_scan"][backend].bwd(
-            dy, dssm_state, u, *projected[:1], side.A, *projected[1:3], side.D, z, side.dt_bias, initial_ssm_state,
-            walk.cu_seqlens, None, chunks, True, walk.reverse, walk.frames, walk.max_seqlen, walk.plan,
+        tensors = (
+            u, *projected[:1], side.A, *projected[1:3], side.D, z, side.dt_bias, initial_ssm_state, walk.cu_seqlens,
+            None,
+        )  # fmt: skip
+        du, ddt, dA, dB, dC, dD, _, ddt_bias, dssm = _scan("selective_scan", backend, "backward", walk, tensors).bwd(
+            dy, dssm_state, *tensors, chunks, True, walk.reverse, walk.frames, walk.max_seqlen, walk.plan,
             dz, y,
         )  # fmt: skip
         du, dx_proj, ddt_proj = project_backward(u, side, projected, du, ddt, dB, dC)
-        _, dweight, dbias, dconv = TABLES["causal_conv1d"][backend].bwd(
+        _, dweight, dbias, dconv = _row("causal_conv1d", backend, x).bwd(
             du, dconv_state, x, side.conv_weight, side.conv_bias, initial_conv_state,
             walk.cu_seqlens, True, walk.reverse, walk.frames, dx,
         )  # fmt: skip
@@ -164,16 +173,19 @@ def bwd(
         projected, projected_b = project(u, side), project(u_b, side_b)
         dt, B, C, _ = projected
         dt_b, B_b, C_b, _ = projected_b
+        tensors = (
+            u, dt, side.A, B, C, u_b, dt_b, side_b.A, B_b, C_b, side.D, side_b.D, z, side.dt_bias, side_b.dt_bias,
+            None, None, walk.cu_seqlens, None,
+        )  # fmt: skip
         (
             du, ddt, dA, dB, dC, du_b, ddt_b, dA_b, dB_b, dC_b, dD, dD_b, _, ddt_bias, ddt_bias_b, *_,
-        ) = TABLES["bidirectional_scan"][backend].bwd(
-            dy, None, None, u, dt, side.A, B, C, u_b, dt_b, side_b.A, B_b, C_b, side.D, side_b.D, z,
-            side.dt_bias, side_b.dt_bias, None, None, walk.cu_seqlens, None, chunks, chunks_b,
+        ) = _scan("bidirectional_scan", backend, "backward", walk, tensors).bwd(
+            dy, None, None, *tensors, chunks, chunks_b,
             scale, True, walk.frames, walk.max_seqlen, walk.plan, dz, y,
         )  # fmt: skip
         du, dx_proj, ddt_proj = project_backward(u, side, projected, du, ddt, dB, dC)
         du_b, dx_proj_b, ddt_proj_b = project_backward(u_b, side_b, projected_b, du_b, ddt_b, dB_b, dC_b)
-        _, dweight, dbias, dweight_b, dbias_b = TABLES["bidirectional_conv1d"][backend].bwd(
+        _, dweight, dbias, dweight_b, dbias_b = _row("bidirectional_conv1d", backend, x).bwd(
             du, du_b, x, side.conv_weight, side.conv_bias,
             side_b.conv_weight, side_b.conv_bias, walk.cu_seqlens, True, walk.frames, dx,
         )  # fmt: skip
@@ -206,15 +218,24 @@ def _linear_dweight(beside: Tensor, dout: Tensor | None, x: Tensor | None, by: L
     return Linear(dweight, dbias)
 
 
+def _row(op: str, backend: str, *tensors: Tensor | None, phase: str = "") -> Backend:
+    """A named back end was asked for the whole mixer, and said that it can."""
+    return choose(op, backend, *tensors, phase=phase) if backend == "auto" else TABLES[op][backend]
+
+
+def _scan(op: str, backend: str, phase: str, walk: Walk, tensors: tuple[Tensor | None, ...]) -> Backend:
+    return _row(op, backend, *tensors, phase=measured_phase(phase, walk.frames, walk.plan))
+
+
 def _conv(
     backend: str, x: Tensor, side: Side, state: Tensor | None, walk: Walk, return_final_state: bool
 ) -> tuple[Tensor, Tensor]:
-    return TABLES["causal_conv1d"][backend].fwd(
+    return _row("causal_conv1d", backend, x).fwd(
         x, side.conv_weight, side.conv_bias, state, walk.cu_seqlens, True, walk.reverse, walk.frames, return_final_state
     )
 
 
 def _conv_both(backend: str, x: Tensor, side: Side, side_b: Side, walk: Walk) -> tuple[Tensor, Tensor]:
-    return TABLES["bidirectional_conv1d"][backend].fwd(
+    return _row("bidirectional_conv1d", backend, x).fwd(
         x, side.conv_weight, side.conv_bias, side_b.conv_weight, side_b.conv_bias, walk.cu_seqlens, True, walk.frames
     )

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .. import _triton
 from .._backend import Backend, choose, plain_dtypes, register
 from .._scan import chunk_states_shape, empty, state_dtype
+from .._scan_cuda import unsupported_mixer as unsupported_cuda
 from ..causal_conv1d import op as _conv  # noqa: F401  the composition calls its kernels
 from ..selective_scan.op import direction_backward_flops, direction_flops
 from . import compose, native
@@ -22,6 +23,8 @@ BACKENDS = register(
     "mixer_inner",
     {
         "triton": Backend(partial(compose.fwd, "triton"), partial(compose.bwd, "triton"), _triton.unsupported),
+        "cuda": Backend(partial(compose.fwd, "cuda"), partial(compose.bwd, "cuda"), unsupported_cuda),
+        "auto": Backend(partial(compose.fwd, "auto"), partial(compose.bwd, "auto"), _triton.unsupported),
         "cpu": Backend(native.fwd, partial(compose.bwd, "cpu"), native.unsupported),
         "reference": Backend(partial(compose.fwd, "reference"), partial(compose.bwd, "reference"), lambda *_: []),
     },
@@ -66,7 +69,7 @@ def mixer_inner_op(
     side_b = _side_b(conv_weight_b, conv_bias_b, x_proj_weight_b, dt_proj_weight_b, dt_bias_b, A_b, D_b)
     walk = Walk(cu_seqlens, reverse, frames, max_seqlen, plan)
     with plain_dtypes(xz.device):
-        return choose("mixer_inner", backend, xz).fwd(
+        return choose("mixer_inner", backend, xz, A, conv_weight, cu_seqlens).fwd(
             xz, side, side_b, initial_conv_state, initial_ssm_state, walk, scale, return_final_state, save_states,
             Linear(out_proj_weight, out_proj_bias), Linear(in_proj_weight, in_proj_bias),
         )  # fmt: skip
@@ -137,7 +140,8 @@ def mixer_inner_backward_op(
     side_b = _side_b(conv_weight_b, conv_bias_b, x_proj_weight_b, dt_proj_weight_b, dt_bias_b, A_b, D_b)
     walk = Walk(cu_seqlens, reverse, frames, max_seqlen, plan)
     with plain_dtypes(xz.device):
-        dxz, dside, dside_b, dconv, dssm, dout_proj, din_proj = choose("mixer_inner", backend, xz).bwd(
+        chosen = choose("mixer_inner", backend, xz, A, conv_weight, cu_seqlens)
+        dxz, dside, dside_b, dconv, dssm, dout_proj, din_proj = chosen.bwd(
             dout, dconv_state, dssm_state, xz, side, side_b, initial_conv_state, initial_ssm_state,
             chunk_states, chunk_states_b, walk, scale,
             Linear(out_proj_weight, out_proj_bias), Linear(in_proj_weight, in_proj_bias),

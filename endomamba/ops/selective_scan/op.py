@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import _triton
-from .._backend import Backend, choose, register
+from .. import _scan_cuda, _triton
+from .._backend import Backend, choose, measured_phase, register
 from .._native import unsupported
 from .._scan import chunk_states_shape, empty, state_dtype
 from .._scan_native import scan_bwd, scan_fwd
@@ -30,6 +30,12 @@ BACKENDS = register(
             ),
             partial(rows.bwd, _triton.lazy(SHARED, "_scan_triton", "scan_bwd")),
             _triton.unsupported,
+        ),
+        "cuda": Backend(
+            partial(rows.fwd, _scan_cuda.scan_fwd),
+            partial(rows.bwd, _scan_cuda.scan_bwd),
+            _scan_cuda.unsupported_scan,
+            _scan_cuda.faster,
         ),
         "cpu": Backend(partial(rows.fwd, scan_fwd), partial(rows.bwd, scan_bwd), unsupported),
         "reference": Backend(reference.fwd, reference.bwd, lambda *tensors: []),
@@ -61,8 +67,10 @@ def selective_scan_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> y (b, l, d), final_state (sequences, d, n), chunk_states (see `_scan.chunk_states_shape`)."""
-    return choose("selective_scan", backend, x, dt, A, B, C, D, z, dt_bias, initial_state).fwd(
-        x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, mask,
+    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, mask)
+    phase = measured_phase("saving" if save_states else "forward", frames, plan)
+    return choose("selective_scan", backend, *tensors, phase=phase).fwd(
+        *tensors,
         dt_softplus, reverse, frames, max_seqlen, return_final_state, save_states, out_fp32, plan,
     )  # fmt: skip
 
@@ -104,8 +112,10 @@ def selective_scan_backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state.  dy or dfinal_state may be absent: zero."""
-    return choose("selective_scan", backend, x, dt, A, B, C, D, z, dt_bias, initial_state).bwd(
-        dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, mask, chunk_states,
+    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, mask)
+    phase = measured_phase("backward", frames, plan)
+    return choose("selective_scan", backend, *tensors, phase=phase).bwd(
+        dy, dfinal_state, *tensors, chunk_states,
         dt_softplus, reverse, frames, max_seqlen, plan,
     )  # fmt: skip
 

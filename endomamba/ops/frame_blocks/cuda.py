@@ -1,0 +1,90 @@
+"""frame_blocks in CUDA C++: all blocks in one cooperative kernel (csrc/cuda/frame_blocks.cu)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _scan_cuda
+from .._extension_cuda import load, missing, usable
+from .._triton import on_device
+
+LEAST_TOKENS = 3  # what the conv keeps
+WEIGHTS = 9  # tensors of a block
+
+
+def unsupported(residual: Tensor, weights: Sequence[Tensor] = (), *_: object) -> list[str]:
+    """Also of a probe that is no residual, (b, l, c): then nothing is said of its tokens."""
+    why = _kinds(residual, weights)
+    if why or not len(weights):
+        return why
+    return _limits(residual, weights) if usable() else ["the CUDA extension could not be built, a warning says why"]
+
+
+def _kinds(residual: Tensor, weights: Sequence[Tensor]) -> list[str]:
+    """What can be said without the extension."""
+    why = [missing()] if missing() else []
+    why += _scan_cuda._elsewhere(residual)
+    if why or not len(weights):
+        return why
+    in_proj, conv, A = weights[0], weights[1], weights[6]
+    c = in_proj.shape[1]
+    if in_proj.dtype != torch.bfloat16:
+        why.append(f"weights must be bfloat16, they are {in_proj.dtype}")
+    if A.shape[1:] != (2 * c, _scan_cuda.STATES):
+        why.append(
+            f"the frame kernel is for 2 c inner channels and 16 states, not {tuple(A.shape[1:])} of {c} channels"
+        )
+    if conv.shape[2] != 4:
+        why.append(f"the conv must be 4 wide, not {conv.shape[2]}")
+    return why
+
+
+def _limits(residual: Tensor, weights: Sequence[Tensor]) -> list[str]:
+    cuda, blocks, c, sides = load(), len(weights) // WEIGHTS, weights[0].shape[1], weights[6].shape[0]
+    most, shared = cuda.frame_most_tokens(c), cuda.frame_shared(c, sides)
+    if not most:
+        return [f"the frame kernel is for 96, 192, 384 or 576 channels, not {c}"]
+    why = []
+    if residual.ndim == 3 and not LEAST_TOKENS <= residual.shape[1] <= most:
+        why.append(f"a frame must have {LEAST_TOKENS} to {most} tokens, not {residual.shape[1]}")
+    if blocks > cuda.FRAME_BLOCKS:
+        why.append(f"there can be {cuda.FRAME_BLOCKS} blocks, not {blocks}")
+    if _scan_cuda._capability(residual.device) < "8.0":
+        why.append("the frame kernel needs compute capability 8.0")
+    elif shared > _scan_cuda._shared_memory(residual.device):
+        why.append(
+            f"it needs {shared} bytes of shared memory, this GPU has {_scan_cuda._shared_memory(residual.device)}"
+        )
+    return why
+
+
+def faster(_phase: str, residual: Tensor, weights: Sequence[Tensor] = (), *more: object) -> bool:
+    """Measured on an H200: of one stream of the small model, 12 blocks in 228 and 260 us, causal and both ways, where
+    the Triton kernels take 250 and 281; of the tiny and middle ones Triton's are faster."""
+    if residual.ndim != 3 or residual.shape[0] != 1 or residual.shape[2] != 384 or not _scan_cuda._on_gpu(residual):
+        return False
+    measured = _scan_cuda._capability(residual.device) == "9.0"
+    return measured and not _kinds(residual, weights) and usable() and not _limits(residual, weights)
+
+
+def frame_blocks(
+    residual: Tensor,
+    blocks: Sequence[tuple[Tensor, ...]],
+    conv_state: Tensor | None,
+    ssm_state: Tensor | None,
+    eps: float,
+) -> None:
+    b, l, c = residual.shape
+    cuda, sides = load(), blocks[0][6].shape[0]
+    with on_device(residual):
+        memory = torch.empty(cuda.frame_memory(b, l, c, sides), dtype=torch.uint8, device=residual.device)
+        memory[:4].zero_()  # the count of the grid's barrier
+        addresses = [[t.data_ptr() for t in block] for block in blocks]
+        states = [0 if t is None else t.data_ptr() for t in (conv_state, ssm_state)]
+        cuda.frame_blocks(
+            addresses, b, l, c, sides, eps, residual.data_ptr(), *states, memory.data_ptr(),
+            _scan_cuda.processors(residual.device), _scan_cuda.stream(residual.device),
+        )  # fmt: skip

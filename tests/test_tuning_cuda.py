@@ -1,0 +1,145 @@
+"""The table of shapes that "auto" gives to the CUDA scans: what it says at, between and outside of measured ones."""
+
+import importlib.util
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+from endomamba.ops import _extension_cuda, _scan_cuda
+from endomamba.ops import _scan_cuda_table as table
+from endomamba.ops._backend import TABLES, choose
+from endomamba.ops.mixer_inner import compose
+from tests.ops import test_mixer_inner as mixer
+
+ROWS = {"causal forward": {49: {1: 2.0, 16: 1.5, 64: 1.01}, 197: {1: 3.0, 16: 1.2, 64: 1.4}}}
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    monkeypatch.setattr(table, "RATIO", ROWS)
+    table.faster.cache_clear()
+    yield
+    table.faster.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "b, l, d, faster",
+    [
+        (1, 49, 768, True), (7, 49, 768, True), (7, 100, 768, True), (16, 197, 768, True), (40, 197, 768, True),
+        (64, 49, 768, False), (40, 49, 768, False), (40, 100, 768, False),  # a corner is not
+        (65, 197, 768, False), (1, 48, 768, False), (1, 198, 768, False), (0, 49, 768, False),  # outside
+        (1, 49, 384, False),
+    ],
+)  # fmt: skip
+def test_every_corner_has_a_say(rows, b, l, d, faster):
+    assert table.faster("causal forward", b, l, d) is faster
+    assert not table.faster("causal backward", b, l, d)
+
+
+def test_the_table_is_of_the_results():
+    """What is written in the table follows from the file of times."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    from bench import tune_cuda
+
+    data = json.loads((Path(tune_cuda.__file__).parent / "results" / "h200_cuda_scan.json").read_text())
+    times = {
+        phase: {int(l): {int(b): us for b, us in row.items()} for l, row in lengths.items()}
+        for phase, lengths in data["median_us"].items()
+    }
+    assert tune_cuda.ratios(times) == table.RATIO
+    assert {k: table.MEASURED[k] for k in ("gpu", "driver", "commit")} == {
+        k: data["meta"][k] for k in ("gpu", "driver", "commit")
+    }
+    assert any(ratio < table.LEAST for rows in table.RATIO.values() for row in rows.values() for ratio in row.values())
+
+
+def test_the_tool_rewrites_the_table(tmp_path, monkeypatch):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    from bench import tune_cuda
+
+    copy = tmp_path / "table.py"
+    copy.write_text(Path(table.__file__).read_text())
+    monkeypatch.setattr(tune_cuda._scan_cuda_table, "__file__", str(copy))
+    measured = {"gpu": "a GPU", "driver": "1", "commit": "abc", "capability": "8.0"}
+    tune_cuda.write_table(ROWS, measured)
+    new = runpy.run_path(str(copy))
+    assert (new["RATIO"], new["MEASURED"]) == (ROWS, measured)
+    assert new["faster"]("causal forward", 1, 49, 768)
+
+
+@pytest.fixture
+def gpu(rows, monkeypatch):
+    """Tensors on the meta device are taken for an H200's."""
+    monkeypatch.setattr("endomamba.ops._backend.AUTO", {"meta": ("triton", "cuda")})
+    monkeypatch.setattr(_scan_cuda, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(_scan_cuda, "_elsewhere", lambda x: [])
+    monkeypatch.setattr(_scan_cuda, "missing", lambda: "")
+    monkeypatch.setattr(_scan_cuda, "usable", lambda: True)
+    monkeypatch.setattr(_scan_cuda, "_capability", lambda device: "9.0")
+    for op in ("selective_scan", "bidirectional_scan", "mixer_inner"):
+        row = TABLES[op]["triton"]
+        monkeypatch.setitem(TABLES[op], "triton", type(row)(row.fwd, row.bwd, lambda *_: []))
+
+
+def chosen(*shape, phase="forward", dtype=torch.bfloat16, **more) -> str:
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    A, B = torch.empty(shape[2], 16, device="meta"), torch.empty(*shape[:2], 1, 16, dtype=dtype, device="meta")
+    tensors = [x, x, A, B, B, None, None, None, None, more.get("cu_seqlens"), None]
+    row = choose("selective_scan", "auto", *tensors, phase=phase)
+    return next(name for name, own in TABLES["selective_scan"].items() if own is row)
+
+
+def test_auto_takes_cuda_where_the_table_has_it(gpu):
+    assert chosen(1, 197, 768) == "cuda"
+    assert chosen(64, 49, 768) == "triton"
+    assert chosen(1, 197, 768, phase="backward") == "triton"
+    assert chosen(1, 197, 768, phase="") == "triton"  # plan="invariant", or frames
+    assert chosen(1, 197, 768, dtype=torch.float32) == "triton"
+    assert chosen(1, 197, 768, cu_seqlens=torch.empty(2, device="meta")) == "triton"
+
+
+def test_auto_takes_triton_on_another_gpu_and_where_nothing_can_be_built(gpu, monkeypatch):
+    monkeypatch.setattr(_scan_cuda, "_capability", lambda device: "8.0")
+    assert chosen(1, 197, 768) == "triton"
+    monkeypatch.setattr(_scan_cuda, "_capability", lambda device: "9.0")
+    monkeypatch.setattr(_scan_cuda, "missing", lambda: "no nvcc")
+    assert chosen(1, 197, 768) == "triton"
+    monkeypatch.setattr(_scan_cuda, "missing", lambda: "")
+    monkeypatch.setattr(_scan_cuda, "usable", lambda: False)
+    assert chosen(1, 197, 768) == "triton"
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["causal", "both"])
+def test_a_mixer_chooses_for_each_of_its_kernels(both, monkeypatch):
+    """Under "auto" on a GPU; here the parts find the CPU's.  Nothing but the choice is different."""
+    row, asked = TABLES["mixer_inner"]["triton"], []
+
+    def recorded(op, backend, *tensors, phase=""):
+        asked.append((op, phase))
+        return choose(op, backend, *tensors, phase=phase)
+
+    monkeypatch.setattr("endomamba.ops._backend.AUTO", {"cpu": ("triton", "cpu", "reference")})
+    monkeypatch.setattr(compose, "choose", recorded)
+    monkeypatch.setitem(TABLES["mixer_inner"], "triton", type(row)(row.fwd, row.bwd, lambda *_: []))
+    if both:
+        mixer.test_bidirectional_equals_its_parts_in_every_gradient("base", "auto")
+    else:
+        mixer.test_causal_equals_its_parts_in_every_gradient("base", "auto")
+    scan, conv = ("bidirectional_scan", "bidirectional_conv1d") if both else ("selective_scan", "causal_conv1d")
+    assert {*asked} == {(scan, "saving"), (scan, "backward"), (conv, "")}
+
+
+def test_a_build_that_fails_is_one_warning(monkeypatch, caplog):
+    def fails():
+        raise RuntimeError("no such arch")
+
+    monkeypatch.setattr(_extension_cuda, "load", fails)
+    _extension_cuda.usable.cache_clear()
+    assert not _extension_cuda.usable() and not _extension_cuda.usable()
+    _extension_cuda.usable.cache_clear()
+    assert [r.getMessage() for r in caplog.records] == ["the CUDA C++ kernels are not used: no such arch"]
