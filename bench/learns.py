@@ -415,10 +415,10 @@ def main(args: argparse.Namespace) -> int:
     for run in runs:
         names = run.videos if run.name.startswith("pretrain/") else (*run.videos, *test_videos(scale))
         for name in names:
-            tasks.setdefault(name, Task(name, partial(draw, name, scale, work / "data"), size=0.01))
+            tasks.setdefault(name, Task(name, partial(draw, name, scale, work / "data"), kind="video"))
         before = [name for name in (run.weights, run.teacher) if any(name == other.name for other in runs)]
         call = partial(do, run, scale, work / "data", work, device, commit)
-        tasks[run.name] = Task(run.name, call, (*names, *before), size=max(1, run.steps))
+        tasks[run.name] = Task(run.name, call, (*names, *before), "training", max(100, run.steps))
     problems = 0
     with lines.open("a") as file:
         for result in carry_out(

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -15,11 +16,13 @@ from typing import Any, NamedTuple
 
 @dataclass(frozen=True)
 class Task:
-    """call: no argument, can be pickled.  needs: names of tasks that come before.  size: its time grows with it."""
+    """call: no argument, can be pickled.  needs: names of tasks that come before.  size: its time grows with it, among
+    those of its kind."""
 
     name: str
     call: Callable[[], Any]
     needs: tuple[str, ...] = ()
+    kind: str = ""
     size: float = 1.0
 
 
@@ -34,11 +37,12 @@ class Result(NamedTuple):
 def carry_out(tasks: Sequence[Task], workers: int, seconds: float, logs: Path) -> Iterator[Result]:
     """A result a task, as they end; of those that can start, the one listed first does.
 
-    Nothing starts that would not end within `seconds`, by the slowest so far for its size; what runs then is killed.
+    Nothing starts that would not end within `seconds`, by the slowest of its kind so far; what runs then is killed.
     Each process writes its standard error into logs/worker-N.txt.
     """
     until = time.monotonic() + seconds
-    left, done, lost, slowest = list(tasks), set(), set(), 0.0
+    left, done, lost = list(tasks), set(), set()
+    slowest: dict[str, float] = defaultdict(float)  # seconds for a size of 1, by kind
     pool = [_Worker(logs / f"worker-{number}.txt") for number in range(workers)]
     try:
         while left or any(worker.task for worker in pool):
@@ -47,9 +51,9 @@ def carry_out(tasks: Sequence[Task], workers: int, seconds: float, logs: Path) -
                 lost.add(task.name)
                 yield Result(task, None, f"needs {next(name for name in task.needs if name in lost)}, which failed")
             for worker in (worker for worker in pool if worker.task is None):
-                ready = next(
-                    (t for t in left if done.issuperset(t.needs) and t.size * slowest < until - time.monotonic()), None
-                )
+                rest = until - time.monotonic()
+                can = (t for t in left if done.issuperset(t.needs) and t.size * slowest[t.kind] < rest)
+                ready = next(can, None)
                 if ready:
                     left.remove(ready)
                     worker.give(ready)
@@ -59,7 +63,8 @@ def carry_out(tasks: Sequence[Task], workers: int, seconds: float, logs: Path) -
             answered = wait([worker.pipe for worker in busy], max(0.0, until - time.monotonic()))
             for worker in [worker for worker in busy if worker.pipe in answered]:
                 took, result = time.monotonic() - worker.began, worker.take()
-                slowest = max(slowest, took / result.task.size if not result.problem else 0.0)
+                if not result.problem:
+                    slowest[result.task.kind] = max(slowest[result.task.kind], took / result.task.size)
                 (lost if result.problem else done).add(result.task.name)
                 yield result
             if not answered:
