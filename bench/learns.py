@@ -48,7 +48,7 @@ RESAMPLES = 10_000
 @dataclass(frozen=True)
 class Scale:
     """videos: of "base" to train on; labelled: of them in the runs with few labels; teacher: of the variant "teacher";
-    test: of each held-out variant, and as many of "base".  *_steps: updates."""
+    test: of each held-out variant; beside: of "base" to test on beside them.  *_steps: updates."""
 
     frames: int = 600
     size: int = 128
@@ -56,16 +56,18 @@ class Scale:
     labelled: int = 5
     teacher: int = 20
     test: int = 6
+    beside: int = 2
     seeds: int = 3
-    pretrain_steps: int = 1200
-    steps: int = 500
-    box_steps: int = 1500
+    pretrain_steps: int = 1000
+    steps: int = 450
+    box_steps: int = 1200
     changes: dict[str, Any] = field(default_factory=dict)  # of every config
     widths: dict[str, Any] = field(default_factory=lambda: {"embed_dim": 96, "depth": 8, "img_size": 128})
 
 
 QUICK = Scale(
-    frames=80, size=32, videos=2, labelled=1, teacher=1, test=1, seeds=1, pretrain_steps=2, steps=2, box_steps=2,
+    frames=80, size=32, videos=2, labelled=1, teacher=1, test=1, beside=1, seeds=1,
+    pretrain_steps=2, steps=2, box_steps=2,
     changes={"batch_size": 2, "precision": "fp32", "clip.frames": 4, "log_every": 1},
     widths={"embed_dim": 16, "depth": 2, "img_size": 32},
 )  # fmt: skip
@@ -92,7 +94,8 @@ def videos(variant: str, split: str, count: int) -> tuple[str, ...]:
 
 
 def test_videos(scale: Scale) -> tuple[str, ...]:
-    return tuple(name for variant in ("base", *HELD_OUT) for name in videos(variant, "test", scale.test))
+    counts = {"base": scale.beside, **dict.fromkeys(HELD_OUT, scale.test)}
+    return tuple(name for variant, count in counts.items() for name in videos(variant, "test", count))
 
 
 def plan(scale: Scale) -> list[Run]:
@@ -132,10 +135,10 @@ def plan(scale: Scale) -> list[Run]:
         replace(c, teacher="videomamba", align_weight=0.25, teacher_options=backbones["videomamba"]) for c in plain
     ]
     teacher = tuned("phase", "teacher", 0, other, model="videomamba", model_options=backbones["videomamba"])
-    runs = [Run(f"pretrain/plain/{s}", plain[s], base, scale.pretrain_steps) for s in seeds]
+    runs = [Run(BOX, config(BOX, 0), base + other, scale.box_steps)]
+    runs += [Run(f"pretrain/plain/{s}", plain[s], base, scale.pretrain_steps) for s in seeds]
     runs += [replace(teacher, name="teacher", steps=2 * scale.steps)]
     runs += [Run(f"pretrain/aligned/{s}", aligned[s], base, scale.pretrain_steps, teacher="teacher") for s in seeds]
-    runs += [Run(BOX, config(BOX, 0), base + other, scale.box_steps, "pretrain/plain/0")]
     for arm, weights in (("plain-10", "pretrain/plain"), ("scratch-10", ""), ("aligned-10", "pretrain/aligned")):
         runs += [
             tuned(task, arm, s, few(s), weights and f"{weights}/{s}") for s in seeds for task in RECIPES
@@ -280,7 +283,7 @@ def put_in_box(run: Run, config: Any, model: Any, classes: Any, row: dict, out: 
         "recipe": run.name,
         "steps": run.steps,
         "seed": config.seed,
-        "started from": f"pre-training without labels, recipe nano-clips, run {run.weights}",
+        "started from": "scratch",
         "data": f"{len(run.videos)} synthetic videos, split train, of {', '.join(variants)}",
         "generator": {name: VARIANTS[name].digest() for name in variants},
         "commit": commit,
