@@ -197,8 +197,8 @@ def collect(data: Path, names: Sequence[str], layout: str, split: str) -> Any:
     return manifest.Manifest(data / "together.jsonl", next(iter(read.values())).classes, tuple(entries))
 
 
-def do(run: Run, scale: Scale, data: Path, out: Path, device: str, commit: str) -> dict[str, Any]:
-    """Trains and tests; -> what stands in runs.jsonl."""
+def do(run: Run, scale: Scale, work: Path, out: Path, device: str, commit: str) -> dict[str, Any]:
+    """Trains and tests in `work`; -> what stands in runs.jsonl.  The weights for the package go to `out`."""
     import torch
 
     from endomamba.train import finetune, pretrain
@@ -206,9 +206,9 @@ def do(run: Run, scale: Scale, data: Path, out: Path, device: str, commit: str) 
 
     torch.set_num_threads(1)
     world = World(torch.device(device))
-    began, folder = time.monotonic(), out / "runs" / run.name.replace("/", "-")
+    began, folder, data = time.monotonic(), folder_of(work, run.name), work / "data"
     train = collect(data, run.videos, run.layout, "train")
-    config, weights = in_steps(run, train, out), ""
+    config, weights = in_steps(run, train, work), ""
     if run.steps:
         weights = str(folder / "final.safetensors")
         (pretrain.run if isinstance(config, pretrain.PretrainConfig) else finetune.run)(config, train, folder, world)
@@ -227,7 +227,11 @@ def do(run: Run, scale: Scale, data: Path, out: Path, device: str, commit: str) 
     return row | {"seconds": round(time.monotonic() - began, 1)}
 
 
-def in_steps(run: Run, train: Any, out: Path) -> Any:
+def folder_of(work: Path, run: str) -> Path:
+    return work / "runs" / run.replace("/", "-")
+
+
+def in_steps(run: Run, train: Any, work: Path) -> Any:
     """The config with as many epochs as make the steps of the run, and with the files of runs before."""
     from endomamba.train.plan import ClipPlan, StreamPlan
 
@@ -236,8 +240,8 @@ def in_steps(run: Run, train: Any, out: Path) -> Any:
         per_epoch = StreamPlan(each, config.batch_size, config.clip.frames * config.clip.stride, 0).per_epoch
     else:
         per_epoch = ClipPlan(len(each), config.batch_size, 0).per_epoch
-    files = {name: str(out / "runs" / of.replace("/", "-") / "final.safetensors")
-             for name, of in (("weights", run.weights), ("teacher_weights", run.teacher)) if of}  # fmt: skip
+    before = {name: of for name, of in (("weights", run.weights), ("teacher_weights", run.teacher)) if of}
+    files = {name: str(folder_of(work, of) / "final.safetensors") for name, of in before.items()}
     epochs = max(run.steps, 1) / per_epoch
     return replace(config, epochs=epochs, warmup=epochs / 10, **files)
 
@@ -420,7 +424,7 @@ def main(args: argparse.Namespace) -> int:
         for name in names:
             tasks.setdefault(name, Task(name, partial(draw, name, scale, work / "data"), kind="video"))
         before = [name for name in (run.weights, run.teacher) if any(name == other.name for other in runs)]
-        call = partial(do, run, scale, work / "data", work, device, commit)
+        call = partial(do, run, scale, work, args.out.absolute(), device, commit)
         tasks[run.name] = Task(run.name, call, (*names, *before), "training", max(100, run.steps))
     problems = 0
     with lines.open("a") as file:
