@@ -34,11 +34,10 @@ RECIPES = {
 # Of every test video; an effect is that of the first.
 NUMBERS = {
     "classification": ("video_balanced_accuracy", "accuracy"),
-    "segmentation": ("dice", "hd95"),
+    "segmentation": ("dice", "frame_dice"),
     "phase": ("accuracy", "video_balanced_accuracy"),
     "localisation": ("pck_10", "visibility_accuracy"),
 }
-BOX = "nano-phases"  # the recipe whose weights go into the package
 RESAMPLES = 10_000
 
 
@@ -60,14 +59,13 @@ class Scale:
     seeds: int = 3
     pretrain_steps: int = 1000
     steps: int = 450
-    box_steps: int = 1200
     changes: dict[str, Any] = field(default_factory=dict)  # of every config
     widths: dict[str, Any] = field(default_factory=lambda: {"embed_dim": 96, "depth": 8, "img_size": 128})
 
 
 QUICK = Scale(
     frames=80, size=32, videos=2, labelled=1, teacher=1, test=1, beside=1, seeds=1,
-    pretrain_steps=2, steps=2, box_steps=2,
+    pretrain_steps=2, steps=2,
     changes={"batch_size": 2, "precision": "fp32", "clip.frames": 4, "log_every": 1},
     widths={"embed_dim": 16, "depth": 2, "img_size": 32},
 )  # fmt: skip
@@ -135,8 +133,7 @@ def plan(scale: Scale) -> list[Run]:
         replace(c, teacher="videomamba", align_weight=0.25, teacher_options=backbones["videomamba"]) for c in plain
     ]
     teacher = tuned("phase", "teacher", 0, other, model="videomamba", model_options=backbones["videomamba"])
-    runs = [Run(BOX, config(BOX, 0), base + other, scale.box_steps)]
-    runs += [Run(f"pretrain/plain/{s}", plain[s], base, scale.pretrain_steps) for s in seeds]
+    runs = [Run(f"pretrain/plain/{s}", plain[s], base, scale.pretrain_steps) for s in seeds]
     runs += [replace(teacher, name="teacher", steps=2 * scale.steps)]
     runs += [Run(f"pretrain/aligned/{s}", aligned[s], base, scale.pretrain_steps, teacher="teacher") for s in seeds]
     for arm, weights in (("plain-10", "pretrain/plain"), ("scratch-10", ""), ("aligned-10", "pretrain/aligned")):
@@ -197,8 +194,8 @@ def collect(data: Path, names: Sequence[str], layout: str, split: str) -> Any:
     return manifest.Manifest(data / "together.jsonl", next(iter(read.values())).classes, tuple(entries))
 
 
-def do(run: Run, scale: Scale, work: Path, out: Path, device: str, commit: str) -> dict[str, Any]:
-    """Trains and tests in `work`; -> what stands in runs.jsonl.  The weights for the package go to `out`."""
+def do(run: Run, scale: Scale, work: Path, device: str) -> dict[str, Any]:
+    """Trains and tests; -> what stands in runs.jsonl."""
     import torch
 
     from endomamba.train import finetune, pretrain
@@ -222,9 +219,13 @@ def do(run: Run, scale: Scale, work: Path, out: Path, device: str, commit: str) 
     if not isinstance(config, pretrain.PretrainConfig):
         model, row["videos"] = test(config, weights, collect(data, test_videos(scale), run.layout, "test"), world)
         row["parameters"] = sum(p.numel() for p in model.parameters())
-        if run.name == BOX:
-            put_in_box(run, config, model, train.classes, row, out, commit)
     return row | {"seconds": round(time.monotonic() - began, 1)}
+
+
+def kind_of(run: str) -> str:
+    """Runs of a kind take about as long for an update."""
+    task, _, arm = run.partition("/")
+    return task if task == "pretrain" or not arm else f"{task} {arm.partition('/')[0].partition('-')[0]}"
 
 
 def folder_of(work: Path, run: str) -> Path:
@@ -251,7 +252,7 @@ def test(config: Any, weights: str, listed: Any, world: Any) -> tuple[Any, dict[
     import torch
 
     from endomamba.train import evaluate, finetune
-    from endomamba.train.metrics import video_scores
+    from endomamba.train.metrics import landmark_scores, overlap, video_scores
     from endomamba.train.tasks import TASKS
 
     task = TASKS[config.task]
@@ -267,34 +268,15 @@ def test(config: Any, weights: str, listed: Any, world: Any) -> tuple[Any, dict[
     rows = {}
     for video, pairs in found.items():
         joined = [tuple(torch.cat(column) for column in zip(*pairs))]
-        by_label = config.task in ("classification", "phase")
-        judged = video_scores(joined, len(listed.classes)) if by_label else task.judge(joined, listed.classes, config)
+        if config.task == "segmentation":
+            judged = overlap(*joined[0])  # HD95 of early masks, full of holes, takes minutes a video
+        elif config.task == "localisation":
+            judged = landmark_scores(*joined[0])
+        else:
+            judged = video_scores(joined, len(listed.classes))
         values = [judged[number] for number in NUMBERS[config.task]]
         rows[video] = [round(value, 4) if value == value else None for value in values]
     return model, rows
-
-
-def put_in_box(run: Run, config: Any, model: Any, classes: Any, row: dict, out: Path, commit: str) -> None:
-    """The weights in bf16 with where they come from."""
-    import torch
-
-    from endomamba.models import describe
-    from endomamba.synthetic import VARIANTS
-    from endomamba.train.checkpoint import save_weights
-
-    variants = sorted({name.rsplit("-", 2)[0] for name in run.videos})
-    trained = {
-        "recipe": run.name,
-        "steps": run.steps,
-        "seed": config.seed,
-        "started from": "scratch",
-        "data": f"{len(run.videos)} synthetic videos, split train, of {', '.join(variants)}",
-        "generator": {name: VARIANTS[name].digest() for name in variants},
-        "commit": commit,
-        "accuracy by frame": {variant: round(mean, 4) for variant, (mean, *_) in by_variant(row["videos"]).items()},
-    }
-    facts = describe(model, classes) | {"trained": json.dumps(trained)}
-    save_weights(out / f"{BOX}.safetensors", {n: t.to(torch.bfloat16) for n, t in model.state_dict().items()}, facts)
 
 
 # ---- what it says
@@ -361,9 +343,17 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 
 
 def read_rows(path: Path) -> dict[str, dict[str, Any]]:
-    """By run, the last line of each."""
+    """By run, the last line of each that has a result, else the last."""
     lines = path.read_text().splitlines() if path.exists() else []
-    return {row["run"]: row for row in map(json.loads, lines)}
+    rows: dict[str, dict[str, Any]] = {}
+    for row in map(json.loads, lines):
+        remember(rows, row)
+    return rows
+
+
+def remember(rows: dict[str, dict[str, Any]], row: dict[str, Any]) -> None:
+    if "problem" not in row or "problem" in rows.get(row["run"], row):
+        rows[row["run"]] = row
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -380,9 +370,7 @@ def commit_of() -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", type=Path, required=True, help="runs.jsonl, learns.json and the weights for the package"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="runs.jsonl and learns.json")
     parser.add_argument("--work", type=Path, help="videos, checkpoints and logs; default: OUT/work")
     parser.add_argument("--quick", action="store_true", help="everything once, tiny, on a CPU: that it runs")
     parser.add_argument("--only", default="", help="runs whose names begin so, and what they need; several with commas")
@@ -402,40 +390,46 @@ def needed(runs: list[Run], only: str) -> list[Run]:
     return [run for run in runs if run.name in wanted]
 
 
+def missing(runs: list[Run], rows: dict[str, Any], work: Path) -> list[Run]:
+    """Those without a result, and those whose weights they need and which do not lie in `work` any more."""
+    known, left = {run.name: run for run in runs}, [run.name for run in runs if "seconds" not in rows.get(run.name, {})]
+    for name in left:  # grows meanwhile
+        before = (known[name].weights, known[name].teacher)
+        left += [n for n in before if n and n not in left and not (folder_of(work, n) / "final.safetensors").exists()]
+    return [run for run in runs if run.name in left]
+
+
 def main(args: argparse.Namespace) -> int:
     import torch
 
     began = time.monotonic()
     scale = QUICK if args.quick else Scale()
-    scale = replace(
-        scale,
-        **{name: int(value) for name, _, value in (part.partition("=") for part in args.scale.split(",") if part)},
-    )
+    changes = (part.partition("=") for part in args.scale.split(",") if part)
+    scale = replace(scale, **{name: int(value) for name, _, value in changes})
     device = args.device or ("cuda" if torch.cuda.is_available() and not args.quick else "cpu")
     work, lines = (args.work or args.out / "work").absolute(), args.out / "runs.jsonl"
     commit = args.commit or commit_of()
     (work / "logs").mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
     rows = read_rows(lines)
-    runs = [run for run in needed(plan(scale), args.only) if "seconds" not in rows.get(run.name, {})]
+    runs = missing(needed(plan(scale), args.only), rows, work)
     tasks: dict[str, Task] = {}
     for run in runs:
         names = run.videos if run.name.startswith("pretrain/") else (*run.videos, *test_videos(scale))
         for name in names:
             tasks.setdefault(name, Task(name, partial(draw, name, scale, work / "data"), kind="video"))
         before = [name for name in (run.weights, run.teacher) if any(name == other.name for other in runs)]
-        call = partial(do, run, scale, work, args.out.absolute(), device, commit)
-        tasks[run.name] = Task(run.name, call, (*names, *before), "training", max(100, run.steps))
+        call = partial(do, run, scale, work, device)
+        tasks[run.name] = Task(run.name, call, (*names, *before), kind_of(run.name), max(100, run.steps))
     problems = 0
     with lines.open("a") as file:
-        for result in carry_out(
-            list(tasks.values()), args.workers, 60 * args.minutes - (time.monotonic() - began), work / "logs"
-        ):
+        seconds = 60 * args.minutes - (time.monotonic() - began)
+        for result in carry_out(list(tasks.values()), args.workers, seconds, work / "logs"):
             at = time.monotonic() - began
             if result.problem or "run" in result.answer:
                 row = {"run": result.task.name, "problem": result.problem} if result.problem else result.answer
                 problems += bool(result.problem)
-                rows[row["run"]] = row
+                remember(rows, row)
                 file.write(json.dumps(row) + "\n")
                 file.flush()
             print(f"{at:6.1f} s  {result.task.name}  {result.problem or 'done'}", flush=True)

@@ -76,7 +76,10 @@ def carry_out(tasks: Sequence[Task], workers: int, seconds: float, logs: Path) -
             yield Result(task, None, "was not started: there was no time left")
     finally:
         for worker in pool:
-            worker.end()
+            worker.pipe.close()  # the idle ones end by themselves, all at the same time
+        limit = time.monotonic() + 5
+        for worker in pool:
+            worker.end(0 if worker.task else limit - time.monotonic())
 
 
 class _Worker:
@@ -111,9 +114,8 @@ class _Worker:
             self._start()
             return Result(task, None, f"its process died (exit code {code}); see {self.log.name}")
 
-    def end(self) -> None:
-        self.pipe.close()  # an idle one ends by itself
-        self.process.join(0 if self.task else 5)
+    def end(self, patience: float) -> None:
+        self.process.join(max(0.0, patience))
         self.process.kill()
         self.process.join()
 

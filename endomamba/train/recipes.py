@@ -255,5 +255,9 @@ def nano_carried_phases() -> FinetuneConfig:
 
 @recipe
 def nano_phases() -> FinetuneConfig:
-    """What `endomamba.models.load_pretrained("nano-phases")` was trained by: every frame, with carried state."""
-    return with_changes(nano_carried_phases(), {"clip.frames": 64, "clip.stride": 1, "epochs": 7.3, "warmup": 0.73})
+    """What `endomamba.models.load_pretrained("nano-phases")` was trained by, for `endomamba synth --every 4`.
+
+    Those are the frames that nano-carried-phases reads, drawn and decoded alone; small enough for a CPU.
+    """
+    config = with_changes(nano_carried_phases(), {"clip.stride": 1, "precision": "fp32"})
+    return replace(config, epochs=8, warmup=0.8, log_every=25, save_every=100)
