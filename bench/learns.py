@@ -351,6 +351,16 @@ def read_rows(path: Path) -> dict[str, dict[str, Any]]:
     return rows
 
 
+def rows_of(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What `write_report` was given, by run."""
+    tested, rows = report["meta"]["test_videos"], {}
+    for row in report["runs"]:
+        rows[row["run"]] = {name: value for name, value in row.items() if name != "numbers"}
+        if "numbers" in row:
+            rows[row["run"]]["videos"] = dict(zip(tested, row["numbers"]))
+    return rows
+
+
 def remember(rows: dict[str, dict[str, Any]], row: dict[str, Any]) -> None:
     if "problem" not in row or "problem" in rows.get(row["run"], row):
         rows[row["run"]] = row
@@ -372,6 +382,7 @@ def commit_of() -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="runs.jsonl and learns.json")
     parser.add_argument("--work", type=Path, help="videos, checkpoints and logs; default: OUT/work")
+    parser.add_argument("--go-on", type=Path, metavar="FILE", help="a learns.json whose results need not come again")
     parser.add_argument("--quick", action="store_true", help="everything once, tiny, on a CPU: that it runs")
     parser.add_argument("--only", default="", help="runs whose names begin so, and what they need; several with commas")
     parser.add_argument("--minutes", type=float, default=600.0, help="nothing is started that would not end by then")
@@ -411,7 +422,7 @@ def main(args: argparse.Namespace) -> int:
     commit = args.commit or commit_of()
     (work / "logs").mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = read_rows(lines)
+    rows = (rows_of(json.loads(args.go_on.read_text())) if args.go_on else {}) | read_rows(lines)
     runs = missing(needed(plan(scale), args.only), rows, work)
     tasks: dict[str, Task] = {}
     for run in runs:

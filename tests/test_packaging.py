@@ -127,6 +127,7 @@ def test_install_without_a_compiler(tmp_path):
     info = install(checkout(tmp_path / "source"), target, CC="/nonexistent/cc", CXX="/nonexistent/c++")
     assert info == {"version": endomamba.__version__, "error": "no C++ compiler: CXX=c++ was not found"}
     assert (target / "endomamba" / "py.typed").exists()
+    assert (target / "endomamba" / "weights" / "nano-phases.safetensors").stat().st_size > 2**20
 
     code = """if True:
         import sys  # an editable install beside it would lend its own _C
