@@ -27,7 +27,7 @@ help:  ## this list
 
 demo:  ## stream a synthetic endoscopy, or VIDEO=path, through EndoMamba frame by frame, with all outputs
 	@$(PYTHON) tools/setup_env.py video
-	@echo "demo: endomamba_tiny on $(if $(VIDEO),$(VIDEO),a synthetic endoscopy), frame by frame"
+	@echo "demo: $(if $(VIDEO),endomamba_tiny on $(VIDEO),a small trained model on a synthetic endoscopy), frame by frame"
 	@$(RUN) -m endomamba demo $(if $(VIDEO),"$(VIDEO)")
 
 test:  ## the tests, without the exhaustive grids

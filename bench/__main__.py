@@ -17,6 +17,7 @@ COMMANDS = {
     "run": "bench.run",
     "frame": "bench.frame",
     "report": "bench.report",
+    "learns": "bench.learns",
 }
 
 

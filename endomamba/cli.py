@@ -24,7 +24,7 @@ from . import __version__
 if TYPE_CHECKING:
     from torch import nn
 
-    from .outputs import FolderOutputs
+    from .outputs import Agreement, FolderOutputs
     from .stream import FrameStream, StreamSession
     from .video import VideoReader
 
@@ -49,6 +49,8 @@ SYNTH_NOTES = """files:
 """
 
 DEMO_FRAMES, DEMO_CLASSES = 150, 5
+DEMO_WEIGHTS, DEMO_EVERY = "nano-phases", 4  # trained on every fourth frame
+DEMO_VARIANT, DEMO_SEED = "all-other", 100  # held out: nothing was trained on it
 PICTURE = 960  # pixels, the longer side of the annotated video at most
 
 RANDOM_WEIGHTS = (
@@ -139,6 +141,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="a folder for predictions.jsonl, summary.json, timeline.png and annotated.mp4; a .jsonl file, or - for "
         "standard output, for the lines alone; default: VIDEO's name with .predictions.jsonl, here",
     )
+    stream.add_argument(
+        "--truth",
+        type=Path,
+        metavar="FILE",
+        help="VIDEO's .truth.jsonl of `endomamba synth`: its phases are shown beside the labels and compared",
+    )
     stream.add_argument("--no-video", action="store_true", help="no annotated.mp4: encoding costs time")
     stream.add_argument("--verify", action="store_true", help="check that streamed == parallel; costs a second pass")
     stream.set_defaults(run=_stream)
@@ -193,6 +201,9 @@ def build_parser() -> argparse.ArgumentParser:
     synth.add_argument("--out", type=Path, required=True, metavar="DIR")
     synth.add_argument("--videos", type=_positive, default=1, metavar="N", help="default: %(default)s")
     synth.add_argument("--frames", type=_positive, default=1000, metavar="M", help="of each; default: %(default)s")
+    synth.add_argument(
+        "--every", type=_positive, default=1, metavar="K", help="draw only each K-th of them; default: %(default)s"
+    )
     synth.add_argument("--size", type=_positive, default=224, help="height and width, even; default: %(default)s")
     synth.add_argument("--variant", default="base", help="default: %(default)s; an unknown one lists them all")
     synth.add_argument("--split", default="train", help="train, val or test; default: %(default)s")
@@ -283,7 +294,9 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("video", help=VIDEO_HELP)
     command.set_defaults(classes=[])  # their names, where the weights say them
     command.add_argument("--model", help="default: what the weights say, else endomamba_tiny")
-    command.add_argument("--weights", type=Path, help="a published checkpoint or a safetensors file")
+    command.add_argument(
+        "--weights", type=_weights, help="a published checkpoint, a safetensors file, or nano-phases, which is here"
+    )
     command.add_argument(
         "--head",
         choices=("mean", "cls", "classification", "segmentation", "localisation"),
@@ -335,6 +348,13 @@ def _count(text: str) -> int:
     return _at_least(text, 0)
 
 
+def _weights(text: str) -> Path:
+    """A file, or the name of weights that come with the package."""
+    from .models.pretrained import list_pretrained, pretrained_path
+
+    return pretrained_path(text) if text in list_pretrained() and not Path(text).exists() else Path(text)
+
+
 def _place(text: str) -> int | float:
     """250 -> 250, a frame.  10s, 10.5s, 1:02, 1:02:03.5 -> seconds."""
     if re.fullmatch(r"\d+", text):
@@ -371,8 +391,10 @@ def _stream(args: argparse.Namespace) -> int:
         model, trained = _model(args, text)
         camera = _camera(args, model, text)
         names = _names(args.names, model, trained, args.classes)
+        truth = _truth(args.truth, names, reader.expected)
+        agreement = _agreement(truth)
         with _lines(args, JsonLines) as lines:
-            folder = _folder_outputs(args, lines.path, names, reader.info.fps)
+            folder = _folder_outputs(args, lines.path, names, reader.info.fps, truth)
             reader.select(args.start, args.stop)
             reader.show(model.config.img_size, PICTURE if folder is not None and folder.video is not None else None)
             session = StreamSession(
@@ -380,7 +402,7 @@ def _stream(args: argparse.Namespace) -> int:
                 reader,
                 lines.write,
                 verifier=Verifier(camera.model) if args.verify else None,
-                outputs=folder.outputs if folder is not None else (),
+                outputs=[*(folder.outputs if folder is not None else ()), *([agreement] if agreement else ())],
                 report=_say,
                 back_pressure=_back_pressure(args),
             )
@@ -394,6 +416,8 @@ def _stream(args: argparse.Namespace) -> int:
                 ended = True
             finally:
                 summary = session.summary()
+                if agreement is not None:
+                    summary["agreement"] = agreement.summary(names)
                 written, problems = _finish(folder, lines.path, summary)
                 if summary["decoded"] or ended:
                     print(_report(summary, session, written), file=text, flush=True)
@@ -481,18 +505,44 @@ def _names(path: Path | None, model: nn.Module, trained: bool, known: list[str])
     return names
 
 
+def _truth(path: Path | None, names: list[str], frames: int | None) -> list[int] | None:
+    """The class of each frame, as the model numbers them.  frames: of the video, where they are known beforehand."""
+    if path is None:
+        return None
+    from .synthetic import PHASES, TruthError, load_truth
+
+    try:
+        phases = [PHASES[phase] for phase in load_truth(path).phase]
+    except TruthError as error:
+        raise UsageError(str(error)) from None
+    strange = ", ".join(sorted(set(phases) - set(names)))
+    if strange:
+        raise UsageError(f"--truth {path}: it has the phases {strange}, the model's classes are {', '.join(names)}")
+    if frames is not None and frames != len(phases):
+        raise UsageError(f"--truth {path}: it is of a video of {len(phases)} frames, this one has {frames}")
+    return [names.index(phase) for phase in phases]
+
+
+def _agreement(truth: list[int] | None) -> Agreement | None:
+    if truth is None:
+        return None
+    from .outputs import Agreement
+
+    return Agreement(truth)
+
+
 def _is_folder(out: str | None) -> bool:
     return out not in (None, "-") and Path(out).suffix not in (".jsonl", ".json")
 
 
 def _folder_outputs(
-    args: argparse.Namespace, lines: Path | None, names: list[str], fps: float | None
+    args: argparse.Namespace, lines: Path | None, names: list[str], fps: float | None, truth: list[int] | None
 ) -> FolderOutputs | None:
     if lines is None or not _is_folder(args.out):
         return None
     from .outputs import FolderOutputs
 
-    return FolderOutputs(lines.parent, names, fps, video=not args.no_video)
+    return FolderOutputs(lines.parent, names, fps, video=not args.no_video, truth=truth)
 
 
 def _check_free(paths: list[Path], overwrite: bool) -> None:
@@ -733,6 +783,8 @@ def _report(summary: dict[str, Any], session: StreamSession, written: list[str])
         lines.append("camera   " + "; ".join(shown) + (f"; and {more} more" if more else ""))
     if summary["verify"] is not None:
         lines += _verify_lines(summary["verify"])
+    if summary.get("agreement"):
+        lines.append(_agreement_words(summary["agreement"]))
     lines += [f"{'' if number else 'written':<8} {name}" for number, name in enumerate(written)]
     return "\n".join(lines)
 
@@ -744,6 +796,16 @@ def _event_words(event: dict[str, Any]) -> str:
         for frame, seconds in (("first", "from"), ("last", "to"))
     ]
     return f"{event['what']} from {places[0]} to {places[1]} ({event['frames']} frames)"
+
+
+def _agreement_words(agreement: dict[str, Any]) -> str:
+    frames, right, commonest = (agreement[name] for name in ("frames", "right", "commonest"))
+    if not frames:
+        return "truth    the model gave no label"
+    return (
+        f"truth    the most probable class is the true one in {right} of {frames} frames, {right / frames:.0%} (the "
+        f"commonest class is in {commonest / frames:.0%})"
+    )
 
 
 def _verify_lines(verify: dict[str, Any]) -> list[str]:
@@ -803,29 +865,37 @@ class _Progress:
 
 def _demo(args: argparse.Namespace) -> int:
     out = Path(args.out)
-    clips = {
-        "synthetic": f"a synthetic colonoscopy of {DEMO_FRAMES} frames, drawn now (endomamba synth)",
-        "ultrasound": "a real ultrasound sequence of 30 frames that comes with pydicom",
-    }
+    drawn = args.video is None and args.clip == "synthetic"
+    clip = f"a synthetic colonoscopy of {DEMO_FRAMES} frames, drawn now (endomamba synth)"
+    if args.clip == "ultrasound":
+        clip = "a real ultrasound sequence of 30 frames that comes with pydicom"
+    model = "EndoMamba (tiny, random weights)"
+    if drawn:
+        model = f"a small trained EndoMamba that comes with the package ({DEMO_WEIGHTS})"
     print(
-        "This streams a medical video through EndoMamba (tiny), one frame at a time, as a camera would deliver it:\n"
-        f"  the video is {clips[args.clip] if args.video is None else args.video}.\n"
-        "  Each frame is decoded, squashed to 224 x 224 and read by the model, which remembers the frames before it\n"
-        "  in a state of fixed size.  The same frames then go through the parallel pass as one clip, and both must\n"
-        "  give the same numbers.\n"
+        f"This streams a medical video through {model}, one frame at a time, as a camera would deliver it:\n"
+        f"  the video is {clip if args.video is None else args.video}.\n"
+        "  Each frame is decoded, squashed to the model's size and read by the model, which remembers the frames\n"
+        "  before it in a state of fixed size.  The same frames then go through the parallel pass as one clip, and\n"
+        "  both must give the same numbers.\n"
         f"In {out} there will be\n"
         "  predictions.jsonl  a line a frame: time, labels, probabilities, latency\n"
-        "  annotated.mp4      the video with label, confidence and latency below it\n"
-        "  timeline.png       labels, probabilities and latency over the whole run\n"
+        f"  annotated.mp4      the video with label, confidence{', truth' if drawn else ''} and latency below it\n"
+        f"  timeline.png       labels,{' truth,' if drawn else ''} probabilities and latency over the whole run\n"
         "  summary.json       counts and latencies\n",
         flush=True,
     )
-    video = args.video or (_synthetic_clip(out) if args.clip == "synthetic" else str(_bundled_clip()))
-    rest = ["--out", args.out, "--overwrite", "--verify", "--num-classes", str(DEMO_CLASSES)]
+    rest = ["--out", args.out, "--overwrite", "--verify"]
     rest += ["--max-frames", str(args.max_frames)] if args.max_frames else []
     rest += ["--threads", str(args.threads)] if args.threads else []
     rest += ["--debug"] if args.debug else []
-    code = _stream(build_parser().parse_args(["stream", *rest, "--", video]))
+    if drawn:
+        video, truth = _synthetic_clip(out)
+        rest += ["--weights", DEMO_WEIGHTS, "--truth", str(truth)]
+    else:
+        video = args.video or _bundled_clip()
+        rest += ["--num-classes", str(DEMO_CLASSES)]
+    code = _stream(build_parser().parse_args(["stream", *rest, "--", str(video)]))
     lines = out / "predictions.jsonl"
     if code == OK and lines.is_file():
         with lines.open() as file:
@@ -835,11 +905,15 @@ def _demo(args: argparse.Namespace) -> int:
     return code
 
 
-def _synthetic_clip(folder: Path) -> str:
+def _synthetic_clip(folder: Path) -> tuple[Path, Path]:
+    """A video of a kind that the model was not trained on, and its truth."""
     from . import synthetic
 
-    video = synthetic.SyntheticVideo("base", split="train", seed=3, frames=DEMO_FRAMES, size=256)
-    return str(synthetic.write(video, folder / "clip", force=True)[0])
+    frames = DEMO_EVERY * DEMO_FRAMES
+    video = synthetic.SyntheticVideo(
+        DEMO_VARIANT, split="test", seed=DEMO_SEED, frames=frames, size=256, every=DEMO_EVERY
+    )
+    return synthetic.write(video, folder / "clip", force=True)
 
 
 def _bundled_clip() -> Path:
@@ -866,15 +940,15 @@ def _synth(args: argparse.Namespace) -> int:
     if there and not args.force:
         raise UsageError(f"{there[0]} exists already: choose another --out or --seed, or replace it with --force")
     started, bytes_written = time.monotonic(), 0
-    with _Progress(args, args.videos * args.frames) as progress:
+    count = args.videos * -(-args.frames // args.every)
+    with _Progress(args, count) as progress:
         for seed in seeds:
             video = synthetic.SyntheticVideo(
-                args.variant, split=args.split, seed=seed, frames=args.frames, size=args.size
+                args.variant, split=args.split, seed=seed, frames=args.frames, size=args.size, every=args.every
             )
             written = synthetic.write(video, args.out, force=args.force, progress=progress)
             bytes_written += sum(path.stat().st_size for path in written)
     if not args.quiet:
-        count = args.videos * args.frames
         print(
             f"{args.videos} videos, {count} frames of {args.size} x {args.size} in {args.out}: "
             f"{bytes_written / 1e6:.1f} MB, {count / (time.monotonic() - started):.1f} frames/s\n"

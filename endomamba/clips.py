@@ -9,7 +9,8 @@ from __future__ import annotations
 import bisect
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,29 @@ def read_frames(
     if missing:
         raise VideoError(f"{path}: frame {missing[0]} could not be decoded ({len(missing)} of {len(wanted)} wanted)")
     return torch.stack([found[number] for number in numbers])
+
+
+_kept: OrderedDict[Hashable, Tensor] = OrderedDict()  # videos as they were decoded, the one used last behind
+
+
+def read_kept(
+    path: Path, numbers: Sequence[int], size: Size | Callable[[VideoInfo], Size], key: Hashable, room: float
+) -> Tensor:
+    """`read_frames` out of memory: a process decodes a video once and whole, and keeps up to `room` bytes of them.
+
+    key: what decides the size.  Those not used for longest leave first.  A video that is damaged somewhere is not kept.
+    """
+    name = (os.path.abspath(path), path.stat().st_mtime_ns, key)
+    video = _kept.pop(name, None)
+    if video is None:
+        try:
+            video = read_frames(path, range(count_frames(path)), size)
+        except (VideoError, ValueError):
+            return read_frames(path, numbers, size)
+    _kept[name] = video
+    while len(_kept) > 1 and sum(kept.nbytes for kept in _kept.values()) > room:
+        _kept.popitem(last=False)
+    return video[list(numbers)] if max(numbers) < len(video) else read_frames(path, numbers, size)
 
 
 def _find(reader: VideoReader, wanted: list[int]) -> dict[int, Tensor] | None:

@@ -10,7 +10,8 @@ import contextlib
 import errno
 import io
 import os
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -54,6 +55,7 @@ class AnnotatedVideo:
     """The pictures with a band below them: label, confidence, time, latency, and a ribbon of the last labels.
 
     Where the model gives a mask, it is drawn into the picture: its outline, and a veil over what it holds.
+    truth: the true class of each frame by its number; its name and a second ribbon are drawn below.
 
     Every frame keeps its own time.  The mp4 is written in fragments of a second: a killed process loses the last one,
     and where the disk fills, the file is cut back to whole ones.  Sound is left out.
@@ -61,13 +63,14 @@ class AnnotatedVideo:
 
     WIDTH, TICKS = 480, 90_000  # pixels, at least; time base of the file
 
-    def __init__(self, path: Path, names: list[str], fps: float | None) -> None:
-        self.path, self.names, self.fps = path, names, fps or 25.0
+    def __init__(self, path: Path, names: list[str], fps: float | None, truth: Sequence[int] | None = None) -> None:
+        self.path, self.names, self.fps, self.truth = path, names, fps or 25.0, truth
         self.frames = 0
         self._container: Any = None
         self._stream: Any = None
         self._last = -1
         self._ribbon: deque[str] = deque()
+        self._true_ribbon: deque[str] = deque()
 
     def __call__(self, record: dict[str, Any], frame: Frame, values: Tensor, mask: Tensor | None = None) -> None:
         if frame.picture is None:
@@ -157,7 +160,14 @@ class AnnotatedVideo:
         when = f"frame {record['frame']}" if record["time"] is None else seconds_text(record["time"])
         pen.text((width - unit, y + unit // 2), when, TEXT, font(unit), anchor="rm")
         pen.text((width - unit, y + 2 * unit), f"{record['latency_ms']:.1f} ms", DIM, font(unit), anchor="rm")
-        self._draw_ribbon(pen, tint, (unit, top + 7 * unit // 2 + unit, width - unit, top + 6 * unit), unit)
+        upper, lower = top + 7 * unit // 2 + unit, top + 6 * unit
+        if self.truth is not None:
+            true = self.truth[record["frame"]]
+            pen.text((2 * unit, top + 7 * unit // 2), f"truth: {self.names[true]}", DIM, font(unit), anchor="lm")
+            middle = (upper + lower) // 2
+            self._draw_ribbon(pen, self._true_ribbon, colour(true), (unit, middle + 2, width - unit, lower), unit)
+            lower = middle
+        self._draw_ribbon(pen, self._ribbon, tint, (unit, upper, width - unit, lower), unit)
         return canvas
 
     def _verdict(self, record: dict[str, Any]) -> tuple[str, str, float | None]:
@@ -173,15 +183,17 @@ class AnnotatedVideo:
         change = record["change"]
         return COLOURS[0], "no head" if change is None else f"no head; change {change:.1e}", None
 
-    def _draw_ribbon(self, pen: ImageDraw.ImageDraw, tint: str, box: tuple[int, ...], unit: int) -> None:
+    def _draw_ribbon(
+        self, pen: ImageDraw.ImageDraw, ribbon: deque[str], tint: str, box: tuple[int, ...], unit: int
+    ) -> None:
         """One stripe a frame, the newest at the right."""
         left, top, right, bottom = box
         step = max(2, unit // 4)
-        self._ribbon.append(tint)
-        while len(self._ribbon) > (right - left) // step:
-            self._ribbon.popleft()
+        ribbon.append(tint)
+        while len(ribbon) > (right - left) // step:
+            ribbon.popleft()
         pen.rectangle(box, fill=PANEL)
-        for back, past in enumerate(reversed(self._ribbon)):
+        for back, past in enumerate(reversed(ribbon)):
             pen.rectangle((right - (back + 1) * step, top, right - back * step - 1, bottom), fill=past)
 
 
@@ -229,7 +241,7 @@ def keep_whole_fragments(path: Path) -> None:
 
 @dataclass
 class Column:
-    """Some frames in a row: sums over them, and the largest latency."""
+    """Some frames in a row: sums over them, and the largest latency.  true: the class of the first, where known."""
 
     begin: float
     frames: int = 0
@@ -238,6 +250,7 @@ class Column:
     probabilities: dict[int, float] = field(default_factory=dict)
     parts: list[float] = field(default_factory=lambda: [0.0] * len(PARTS))
     slowest: float = 0.0
+    true: int | None = None
 
     def add(self, other: Column) -> None:
         self.frames += other.frames
@@ -256,14 +269,15 @@ class Column:
 class Timeline:
     """A run as one picture: labels, probabilities (without a head: how much the output changes), latency.
 
+    truth: the true class of each frame by its number, drawn below the labels.
     A video of any length becomes at most COLUMNS columns: neighbours are added up when there are more.
     """
 
     COLUMNS, CURVES = 1024, 6
     WIDTH, LEFT, RIGHT = 1280, 76, 28
 
-    def __init__(self, names: list[str], fps: float | None) -> None:
-        self.names, self.fps = names, fps
+    def __init__(self, names: list[str], fps: float | None, truth: Sequence[int] | None = None) -> None:
+        self.names, self.fps, self.truth = names, fps, truth
         self.columns: list[Column] = []
         self.each = 1
         self.end = 0.0
@@ -276,6 +290,7 @@ class Timeline:
         one.probabilities = dict(zip(record["labels"], record["probabilities"], strict=True))
         one.parts = [record[f"{name}_ms"] for name in PARTS]
         one.slowest = record["latency_ms"]
+        one.true = None if self.truth is None else self.truth[record["frame"]]
         if self.columns and self.columns[-1].frames < self.each:
             self.columns[-1].add(one)
         else:
@@ -347,6 +362,10 @@ class Timeline:
         kinds = {"black": "#000000", "frozen": "#6d7780", "not finite": FAULT}
         seen = [event["what"] for event in summary["events"]] + ["not finite"] * bool(summary["not_finite"])
         title = "most probable class" if self._has_labels else "frames"
+        if self.truth is not None:
+            title, bottom = f"{title}, and below it the truth", (top + bottom) // 2
+            for left, right, column in self._spans():
+                pen.rectangle((left, bottom + 3, right, box[1]), fill=colour(column.true or 0))
         self._heading(pen, top - 10, title, [(what, kinds[what]) for what in kinds if what in seen])
         pen.rectangle((self.LEFT, top, self.WIDTH - self.RIGHT, bottom), fill=PANEL)
         for left, right, column in self._spans():
@@ -501,6 +520,30 @@ class Features:
         return paths
 
 
+# ---- what is true
+
+
+class Agreement:
+    """How often the most probable class is the true one; truth: the class of each frame by its number."""
+
+    def __init__(self, truth: Sequence[int]) -> None:
+        self.truth = truth
+        self.right: Counter[int] = Counter()
+        self.frames: Counter[int] = Counter()
+
+    def __call__(self, record: dict[str, Any], frame: Frame, values: Tensor, mask: Tensor | None = None) -> None:
+        if record["labels"]:
+            true = self.truth[record["frame"]]
+            self.frames[true] += 1
+            self.right[true] += record["labels"][0] == true
+
+    def summary(self, names: Sequence[str]) -> dict[str, Any]:
+        """frames, right; commonest: how many the class has that most of them have; by class the same two."""
+        each = {names[label]: {"frames": n, "right": self.right[label]} for label, n in sorted(self.frames.items())}
+        total, commonest = self.frames.total(), max(self.frames.values(), default=0)
+        return {"frames": total, "right": self.right.total(), "commonest": commonest, "classes": each}
+
+
 # ---- a folder of all of them
 
 
@@ -509,10 +552,18 @@ class FolderOutputs:
 
     FILES = ("summary.json", "timeline.png", "annotated.mp4")
 
-    def __init__(self, folder: Path, names: list[str], fps: float | None, *, video: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        names: list[str],
+        fps: float | None,
+        *,
+        video: bool = True,
+        truth: Sequence[int] | None = None,
+    ) -> None:
         self.folder = folder
-        self.timeline = Timeline(names, fps)
-        self.video = AnnotatedVideo(folder / "annotated.mp4", names, fps) if video else None
+        self.timeline = Timeline(names, fps, truth)
+        self.video = AnnotatedVideo(folder / "annotated.mp4", names, fps, truth) if video else None
 
     @property
     def outputs(self) -> list[Any]:

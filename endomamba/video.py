@@ -160,6 +160,14 @@ def import_av() -> Any:
     return _import("av", "decode and encode video")
 
 
+def open_container(source: Any, **options: Any) -> Any:
+    """`av.open` for reading; titles may be damaged, which PyAV 19 always takes and those before where it is said."""
+    av = import_av()
+    if int(av.__version__.partition(".")[0]) < 19:
+        options["metadata_errors"] = "replace"
+    return av.open(source, **options)
+
+
 def _import(name: str, purpose: str) -> Any:
     try:
         return __import__(name)
@@ -198,7 +206,7 @@ class VideoReader:
     def _open(self, source: Any, options: dict[str, Any]) -> None:
         av = import_av()
         try:
-            self._container = av.open(source, metadata_errors="replace", **options)  # titles may be damaged
+            self._container = open_container(source, **options)
         except (av.FFmpegError, OSError) as error:
             raise VideoError(f"{self.path} is not a video that FFmpeg can read ({_words(error)})") from error
         try:
@@ -362,7 +370,7 @@ class VideoReader:
         table: list[_Packet] = []
         shown = late = 0
         try:
-            with av.open(os.path.abspath(self.path), metadata_errors="replace") as container:
+            with open_container(os.path.abspath(self.path)) as container:
                 for packet in container.demux(container.streams[self._stream.index]):
                     if not packet.size:  # the end
                         break

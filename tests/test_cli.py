@@ -18,8 +18,9 @@ pytest.importorskip("av")
 pytest.importorskip("pydicom")
 
 import endomamba
-from endomamba import cli
+from endomamba import cli, synthetic
 from endomamba.models import create_model
+from endomamba.synthetic import load_truth
 from endomamba.video import open_video, write_video
 
 ENV = {**os.environ, "PYTHONPATH": str(Path(endomamba.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
@@ -126,6 +127,25 @@ def test_demo_draws_a_colonoscopy(tmp_path, capsys, monkeypatch):
     assert "a synthetic colonoscopy of 2 frames" in capsys.readouterr().out
     with open_video(seen[0].video) as reader:
         assert len(list(reader)) == 2
+
+
+def test_demo_shows_the_truth_and_a_foreign_truth_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "DEMO_FRAMES", 20)
+    assert cli.main(["demo", "--out", str(tmp_path / "out"), "--threads", "1"]) == 0
+    out = capsys.readouterr().out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    agreement, lines = summary["agreement"], records(tmp_path / "out" / "predictions.jsonl")
+    truth = load_truth(next((tmp_path / "out" / "clip").glob("*.truth.jsonl")))
+    right = sum(line["labels"][0] == true for line, true in zip(lines, truth.phase, strict=True))
+    assert agreement["frames"] == 20 and agreement["right"] == right
+    assert f"the true one in {right} of 20 frames" in out and "verify   passed" in out
+    other = synthetic.write(synthetic.SyntheticVideo(frames=8, size=32), tmp_path / "other")[1]
+    movie = next((tmp_path / "out" / "clip").glob("*.mp4"))
+    command = ["stream", movie, "--out", tmp_path / "second", "--truth"]
+    _, err = here(capsys, *command, other, "--weights", "nano-phases")
+    assert "it is of a video of 8 frames, this one has 20" in err
+    _, err = here(capsys, *command, other, "--num-classes", 2)
+    assert "the model's classes are class 0 (random), class 1 (random)" in err
 
 
 def test_killed_in_the_middle_leaves_whole_lines(long, tmp_path):

@@ -21,7 +21,16 @@ from safetensors.torch import load_file  # noqa: E402
 
 from endomamba import cli  # noqa: E402
 from endomamba.models import EndoMamba, Packed, create_model, packed  # noqa: E402
-from endomamba.outputs import COLOURS, FAULT, MASK, AnnotatedVideo, Timeline, draw_mask, keep_whole_fragments  # noqa: E402
+from endomamba.outputs import (  # noqa: E402
+    COLOURS,
+    FAULT,
+    MASK,
+    Agreement,
+    AnnotatedVideo,
+    Timeline,
+    draw_mask,
+    keep_whole_fragments,
+)
 from endomamba.stream import FrameStream  # noqa: E402
 from endomamba.video import Frame, open_video  # noqa: E402
 
@@ -302,6 +311,28 @@ def test_the_timeline_shows_where_the_label_changes(frames):
         assert second.all()
     else:
         assert second.mean() == pytest.approx(0.5, abs=0.02) and second[-1] and not second[0]
+
+
+def test_the_truth_is_shown_and_counted(tmp_path):
+    truth = [0] * 30 + [1] * 70
+    timeline, agreement = Timeline(["none", "polyp"], 25.0, truth), Agreement(truth)
+    video = AnnotatedVideo(tmp_path / "a.mp4", ["none", "polyp"], 25.0, truth)
+    for i in range(100):
+        for add in (timeline, agreement):
+            add(record(i, label=int(i >= 50)), None, None)
+        drawn = np.asarray(video.draw(record(i, label=int(i >= 50)), frame(i).picture))
+    picture = np.asarray(timeline.draw(SUMMARY))[:, Timeline.LEFT : -Timeline.RIGHT]
+    shares = [(picture[y] == rgb(COLOURS[1])).all(1).mean() for y in (125, 150)]
+    assert shares == pytest.approx([0.5, 0.7], abs=0.02), "labels above, truth below"
+    right = 480 - round(480 / 42)  # of both ribbons; the newest frame is there
+    stripes = [(drawn[-up, :right][::-1] == rgb(COLOURS[1])).all(1) for up in (23, 14)]
+    assert [int(row.argmin()) for row in stripes] == [50 * 2, 70 * 2]
+    assert agreement.summary(["none", "polyp"]) == {
+        "frames": 100,
+        "right": 80,
+        "commonest": 70,
+        "classes": {"none": {"frames": 30, "right": 30}, "polyp": {"frames": 70, "right": 50}},
+    }
 
 
 def test_the_timeline_of_nothing_and_of_no_head():

@@ -132,6 +132,7 @@ def test_install_without_a_compiler(tmp_path):
         for root in (target / "endomamba" / "_src", ROOT)
     )
     assert carried == own  # what the CUDA kernels are built from at first use
+    assert (target / "endomamba" / "weights" / "nano-phases.safetensors").stat().st_size > 2**20
 
     code = """if True:
         import sys  # an editable install beside it would lend its own _C

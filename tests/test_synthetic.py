@@ -124,7 +124,25 @@ def test_any_number_of_frames(frames):
         assert np.isfinite(dataclasses.astuple(procedure.view(t))[:6]).all()
 
 
-@pytest.mark.parametrize("bad", [{"seed": -1}, {"frames": 0}, {"size": 8}, {"split": "dev"}, {"variant": "bas"}])
+def test_every_third_frame(tmp_path):
+    all_of_them = SyntheticVideo(seed=3, frames=11, size=32)
+    some = SyntheticVideo(seed=3, frames=11, size=32, every=3)
+    assert len(some) == 4
+    for t in range(4):
+        (rgb, row), (other, whole) = some[t], all_of_them[3 * t]
+        assert np.array_equal(rgb, other) and row == {**whole, "frame": t}
+    pytest.importorskip("av")
+    from endomamba.video import open_video
+
+    movie, lines = synthetic.write(some, tmp_path)
+    assert np.allclose(load_truth(lines).time, np.arange(4) * 3 / 25)
+    with open_video(movie) as reader:
+        assert [frame.time for frame in reader] == pytest.approx([0, 0.12, 0.24, 0.36], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"seed": -1}, {"frames": 0}, {"size": 8}, {"every": 0}, {"split": "dev"}, {"variant": "bas"}]
+)
 def test_bad_arguments_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         SyntheticVideo(**{"frames": 10, "size": 32, **bad})

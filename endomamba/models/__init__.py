@@ -7,6 +7,8 @@ logits = model(video)                            # (b, 3, t, h, w) -> (b, t, cla
 state = model.init_state(batch_size=1)
 logits, state = model.step(frames, state)        # any number of frames >= 1
 
+model = load_pretrained("nano-phases")           # a small trained one that comes with the package
+
 `endomamba_*` are the subject; `attention_twin_*` and `endofm` have the same calls and are there to compare with.
 `videomamba_*` read whole clips.  `pretrain_endomamba_*` learn from unlabelled video and a `Teacher` (pretrain.py).
 """
@@ -22,6 +24,7 @@ from .framewise import FrameWise
 from .heads import ClassificationHead, LocalisationHead, PhaseHead, SegmentationHead
 from .packed import Packed, packed
 from .pretrain import Pictures, PretrainConfig, PretrainEndoMamba, PretrainLoss
+from .pretrained import list_pretrained, load_pretrained, pretrained_path, provenance
 from .state import StreamState
 from .teacher import Teacher, load_teacher
 from .videomamba import VideoMamba, VideoMambaConfig
@@ -56,8 +59,12 @@ __all__ = [
     "describe",
     "described",
     "list_models",
+    "list_pretrained",
     "load_checkpoint",
+    "load_pretrained",
     "load_teacher",
     "packed",
+    "pretrained_path",
+    "provenance",
     "register_model",
 ]

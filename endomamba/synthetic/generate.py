@@ -26,6 +26,7 @@ class SyntheticVideo:
 
     variant: a name of VARIANTS, or Params.  split: "train", "val" or "test".  seed: any whole number >= 0.
     The number of frames belongs to the video: a longer one is a longer procedure, not this one continued.
+    every: only each so-manieth of its frames is there, as of a slower camera; `len` and the numbers count those.
     """
 
     def __init__(
@@ -36,13 +37,15 @@ class SyntheticVideo:
         seed: int = 0,
         frames: int = 1000,
         size: int = 224,
+        every: int = 1,
     ) -> None:
         self.params = find_variant(variant) if isinstance(variant, str) else variant
         check_split(self.params, split)
-        for name, value, least in (("seed", seed, 0), ("frames", frames, 1), ("size", size, 32)):
+        for name, value, least in (("seed", seed, 0), ("frames", frames, 1), ("size", size, 32), ("every", every, 1)):
             if value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value}")
-        self.split, self.seed, self.size = split, seed, size
+        self.split, self.seed, self.size, self.every = split, seed, size, every
+        self.fps = self.params.fps / every if every > 1 else self.params.fps
         self.procedure = Procedure(self.params, split, seed, frames)
         self.renderer = Renderer(self.params, split, seed, self.procedure, size)
 
@@ -51,15 +54,15 @@ class SyntheticVideo:
         return f"{self.params.variant}-{self.split}-{self.seed:06d}"
 
     def __len__(self) -> int:
-        return self.procedure.frames
+        return -(-self.procedure.frames // self.every)
 
     def __getitem__(self, t: int) -> tuple[np.ndarray, dict[str, Any]]:
         """-> (size, size, 3) uint8 RGB, and the truth as truth.py describes a line."""
         if not 0 <= t < len(self):
             raise IndexError(f"frame {t} of a video of {len(self)}")
-        view, segment = self.procedure.view(t), self.procedure.segment(t)
+        view, segment = self.procedure.view(t * self.every), self.procedure.segment(t * self.every)
         picture = self.renderer.draw(view)
-        return picture.rgb, frame_truth(t, self.params.fps, segment.phase, segment.motif, view, picture)
+        return picture.rgb, frame_truth(t, self.fps, segment.phase, segment.motif, view, picture)
 
     def header(self) -> dict[str, Any]:
         """The first line of the truth file."""
@@ -72,7 +75,7 @@ class SyntheticVideo:
             "seed": self.seed,
             "size": self.size,
             "frames": len(self),
-            "fps": self.params.fps,
+            "fps": self.fps,
             "video": f"{self.name}.mp4",
             "phases": PHASES,
             "landmarks": LANDMARKS,
@@ -124,8 +127,8 @@ def write(
                     if progress is not None:
                         progress(row)
 
-            fps = video.params.fps
-            write_video(movie_part, frames(), fps=fps, gop=fps, options=ENCODER, metadata={"comment": video.stamp()})
+            fps, gop = video.fps, max(1, round(video.fps))
+            write_video(movie_part, frames(), fps=fps, gop=gop, options=ENCODER, metadata={"comment": video.stamp()})
         truth.unlink(missing_ok=True)
         movie_part.replace(movie)
         truth_part.replace(truth)

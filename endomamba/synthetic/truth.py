@@ -78,7 +78,7 @@ class Truth:
         return masks
 
 
-def frame_truth(t: int, fps: int, phase: str, motif: str, view: View, picture: Picture) -> dict[str, Any]:
+def frame_truth(t: int, fps: float, phase: str, motif: str, view: View, picture: Picture) -> dict[str, Any]:
     """The line of frame t."""
     anatomy, polyps = picture.scene.anatomy, []
     ids = np.unique(picture.polyps)

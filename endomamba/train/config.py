@@ -41,6 +41,7 @@ class TrainConfig:
     precision: str = "bf16"
     deterministic: bool = False  # the same bits on a GPU too, at a price; a CPU gives them anyway
     workers: int = 4
+    keep_decoded: float = 0.0  # GiB of decoded videos that each worker keeps in memory
     log_every: int = 10
     save_every: int = 500
     eval_every: int = 0  # 0: at the end
@@ -52,7 +53,7 @@ class TrainConfig:
             check_number(self, name, int, 1)
         for name in ("workers", "eval_every", "seed"):
             check_number(self, name, int, 0)
-        for name in ("epochs", "warmup", "lr", "min_lr", "weight_decay", "clip_norm"):
+        for name in ("epochs", "warmup", "lr", "min_lr", "weight_decay", "clip_norm", "keep_decoded"):
             check_number(self, name, float, 0)
         for name in ("layer_decay", "max_bad_share"):
             check_number(self, name, float, 0, 1)
@@ -72,7 +73,7 @@ class TrainConfig:
 
 
 # What may differ between a run and its continuation.
-FREE = ("workers", "log_every", "save_every", "eval_every", "keep", "max_bad_share")
+FREE = ("workers", "keep_decoded", "log_every", "save_every", "eval_every", "keep", "max_bad_share")
 
 
 def create(name: str, options: dict[str, Any]) -> Any:

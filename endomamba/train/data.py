@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..clips import read_frames
+from ..clips import read_frames, read_kept
 from ..video import NORMALISATIONS, VideoError, VideoInfo, normalisation
 from .augment import CROPS, Change, centre, draw, stretch
 from .errors import DataError
@@ -91,9 +91,9 @@ class ClipDataset(Dataset):
 
     targets: what else comes with a clip, of "mask" (t, size, size) uint8 of 0, 1, 255 (ignored), "box" (t, BOXES, 4),
     "landmarks" (t, K, 3), see targets.py.  sets: 0, or so many classes of which several may hold: label is (t, sets)
-    then.  key: a seed of its own for each sample, for what else is drawn for it (masks of pre-training).  faults: in
-    words, the clips that could not be decoded; another one is there in their place, or, with `tail`, a clip without
-    labels.
+    then.  keep: GiB of decoded videos that stay in memory.  key: a seed of its own for each sample, for what else is
+    drawn for it (masks of pre-training).  faults: in words, the clips that could not be decoded; another one is there
+    in their place, or, with `tail`, a clip without labels.
     """
 
     def __init__(
@@ -105,10 +105,11 @@ class ClipDataset(Dataset):
         seed: int,
         targets: Sequence[str] = (),
         sets: int = 0,
+        keep: float = 0.0,
     ):
         self.files = [manifest.file(entry.path) for entry in entries]
         self.entries, self.clip, self.size, self.seed = tuple(entries), clip, size, seed
-        self.sets = sets
+        self.sets, self.keep = sets, keep
         self.targets = {name: [_beside(manifest, entry, name) for entry in entries] for name in targets}
         for file in itertools.chain(self.files, *self.targets.values()):
             if not file.exists():
@@ -172,7 +173,7 @@ class ClipDataset(Dataset):
         numbers = entry.start + start + offsets
         inside = numbers < entry.stop
         numbers = np.where(inside, numbers, numbers[inside][-1])
-        pictures = read_frames(self.files[sample.entry], [int(n) for n in numbers], self._side(rng))
+        pictures = self._pictures(self.files[sample.entry], [int(n) for n in numbers], rng)
         changes = self._changes(*pictures.shape[:3], rng)
         if clip.stretch:
             pictures = stretch(pictures)
@@ -206,20 +207,22 @@ class ClipDataset(Dataset):
         labels = entry.label_sets(self.sets) if self.sets else entry.labels()
         return torch.from_numpy(labels[places])
 
-    def _side(self, rng: torch.Generator) -> Callable[[VideoInfo], tuple[int, int]]:
+    def _pictures(self, file: Path, numbers: list[int], rng: torch.Generator) -> Tensor:
+        """(t, h, w, 3) uint8, of the size that the changes begin with."""
         least, most = self.clip.decode or (self.size, self.size)
         whole = not self.train and not self.clip.centre
         side = int(torch.randint(least, most + 1, (), generator=rng)) if self.train else least
+        squashed = self.size if whole else side if self.clip.resize == "squash" else 0
 
         def size(info: VideoInfo) -> tuple[int, int]:
-            if whole:
-                return self.size, self.size
-            if self.clip.resize == "squash":
-                return side, side
+            if squashed:
+                return squashed, squashed
             shorter = min(info.height, info.width)
             return round(info.height * side / shorter), round(info.width * side / shorter)
 
-        return size
+        if self.keep:
+            return read_kept(file, numbers, size, (squashed, side), self.keep * 2**30)
+        return read_frames(file, numbers, size)
 
 
 def _beside(manifest: Manifest, entry: Entry, name: str) -> Path:

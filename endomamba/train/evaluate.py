@@ -78,9 +78,8 @@ def _videos(
 def open_split(config: Any, manifest: Manifest, split: str, size: int) -> ClipDataset:
     """The clips of a split with what the task needs."""
     sets = len(manifest.classes) if config.task == "sets" else 0
-    return ClipDataset(
-        manifest, manifest.split(split), config.clip, size, config.seed, TASKS[config.task].targets, sets
-    )
+    targets, keep = TASKS[config.task].targets, config.keep_decoded
+    return ClipDataset(manifest, manifest.split(split), config.clip, size, config.seed, targets, sets, keep)
 
 
 def read_clips(

@@ -67,25 +67,33 @@ def video_scores(videos: Sequence[Pair], classes: int, relaxed: int = 0, publish
 
 
 def mask_scores(predicted: Tensor, true: Tensor, published_empty: bool = False) -> dict[str, float]:
-    """Masks of a video (t, h, w), bool and uint8 with 255 where nothing counts -> Dice, Jaccard and HD95 of the whole
-    stack, and the mean Dice of its frames that have something in either mask.
+    """`overlap`, and HD95 of the whole stack: NaN where one of the masks is empty.
 
-    Where both are empty Dice is 1, where one is 0, and HD95 is NaN.  published_empty: as the published evaluation has
-    it, Dice 0 where nothing was predicted and 1 where something was and nothing is there, HD95 0 in both.
+    published_empty: as the published evaluation has it, Dice 0 where nothing was predicted and 1 where something was
+    and nothing is there, HD95 0 in both.
     """
     counts = true != 255
     ours, theirs = predicted & counts, (true == 1)
+    found, there = bool(ours.any()), bool(theirs.any())
+    result, distance = overlap(predicted, true), hausdorff(ours, theirs)
+    if published_empty and not (found and there):
+        result["dice"], distance = float(found), 0.0
+    return result | {"hd95": distance}
+
+
+def overlap(predicted: Tensor, true: Tensor) -> dict[str, float]:
+    """Masks of a video (t, h, w), bool and uint8 with 255 where nothing counts -> Dice and Jaccard of the whole stack,
+    and frame_dice, the mean Dice of its frames that have something in either mask.
+
+    Where both are empty Dice is 1, where one is 0.
+    """
+    ours, theirs = predicted & (true != 255), (true == 1)
     both, either = (ours & theirs).sum((1, 2)).double(), (ours.sum((1, 2)) + theirs.sum((1, 2))).double()
     size, hit = either.sum().item(), both.sum().item()
-    found, there = bool(ours.any()), bool(theirs.any())
-    dice, distance = 2 * hit / size if size else 1.0, hausdorff(ours, theirs)
-    if published_empty and not (found and there):
-        dice, distance = float(found), 0.0
     frames = (2 * both / either)[either > 0]
     return {
-        "dice": dice,
+        "dice": 2 * hit / size if size else 1.0,
         "jaccard": hit / (size - hit) if size else 1.0,
-        "hd95": distance,
         "frame_dice": frames.mean().item() if len(frames) else float("nan"),
     }
 

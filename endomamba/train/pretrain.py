@@ -75,7 +75,7 @@ class MaskedClips(ClipDataset):
     """
 
     def __init__(self, config: PretrainConfig, model: PretrainEndoMamba, manifest: Manifest, entries: Any):
-        super().__init__(manifest, entries, config.clip, model.config.size[0], config.seed)
+        super().__init__(manifest, entries, config.clip, model.config.size[0], config.seed, keep=config.keep_decoded)
         self.draw: Callable[..., Tensor] = partial(model.config.draw_mask, config.clip.frames, seed=config.seed)
 
     def __getitem__(self, sample: Sample) -> dict[str, Any]:

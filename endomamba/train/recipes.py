@@ -193,3 +193,71 @@ def synthetic_clips() -> PretrainConfig:
         clip=ClipConfig(frames=16, crop="resized", flip=0.5),
         epochs=200, warmup=10, batch_size=16, lr=1e-3, min_lr=1e-5, workers=2, save_every=200, eval_every=200,
     )  # fmt: skip
+
+
+# ---- the smallest model: bench/learns.py compares with it, and one of its trainings lies in the package
+
+NANO = {"embed_dim": 96, "depth": 8, "img_size": 128, "drop_path_rate": 0.0, **LONG_MEMORY}  # 0.68 M parameters
+
+
+@recipe
+def nano_clips() -> PretrainConfig:
+    """Pre-training of the nano model on `endomamba synth`, without a teacher, every fourth frame."""
+    return PretrainConfig(
+        teacher="", align_weight=0.0, model="endomamba",
+        model_options={**NANO, "decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 2},
+        clip=ClipConfig(frames=16, stride=4, crop="resized", flip=0.5),
+        epochs=200, warmup=20, batch_size=8, lr=1e-3, min_lr=1e-5, clip_norm=1.0,
+        workers=2, keep_decoded=4.0, log_every=50, save_every=500,
+    )  # fmt: skip
+
+
+def _nano(**changes: Any) -> FinetuneConfig:
+    """Clips as those of nano-clips; pre-trained positions are kept."""
+    return FinetuneConfig(
+        model="endomamba", model_options=NANO,
+        clip=ClipConfig(frames=16, stride=4, crop="resized", flip=0.5, jitter=0.2),
+        epochs=100, warmup=10, batch_size=8, lr=1e-3, min_lr=1e-5, clip_norm=1.0, map_pos_embed=True, reset=16,
+        workers=2, keep_decoded=4.0, log_every=50, save_every=500,
+    )  # fmt: skip
+
+
+@recipe
+def nano_clip_phases() -> FinetuneConfig:
+    """Phases from clips of 16 frames, and judged in windows of 16."""
+    return _nano()
+
+
+@recipe
+def nano_masks() -> FinetuneConfig:
+    """Polyps, by a decoder an eighth as wide as the published one."""
+    return with_changes(_nano(), {"task": "segmentation", "model_options.head_width": 64})
+
+
+@recipe
+def nano_landmarks() -> FinetuneConfig:
+    """The six landmarks."""
+    return with_changes(_nano(), {"task": "localisation", "model_options.head_width": 128})
+
+
+@recipe
+def nano_polyps() -> FinetuneConfig:
+    """Which type of polyp 16 successive frames show, or none; of the layout synth-polyps."""
+    return with_changes(_nano(), {"task": "classification", "clip.stride": 1, "reset": 0})
+
+
+@recipe
+def nano_carried_phases() -> FinetuneConfig:
+    """Phases with carried state: as many frames an update as nano-clip-phases, in half as many streams."""
+    config = with_changes(_nano(), {"clip.frames": 32})
+    return replace(config, memory="carried", batch_size=4, reset=0)
+
+
+@recipe
+def nano_phases() -> FinetuneConfig:
+    """What `endomamba.models.load_pretrained("nano-phases")` was trained by, for `endomamba synth --every 4`.
+
+    Those are the frames that nano-carried-phases reads, drawn and decoded alone; small enough for a CPU.
+    """
+    config = with_changes(nano_carried_phases(), {"clip.stride": 1, "precision": "fp32"})
+    return replace(config, epochs=8, warmup=0.8, log_every=25, save_every=100)

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from endomamba import cli, synthetic
+from endomamba import cli, clips, synthetic
 from endomamba.clips import count_frames, read_frames
 from endomamba.train import manifest
 from endomamba.train.augment import draw as draw_change
@@ -206,6 +206,31 @@ def test_workers_change_nothing(data):
 
 def augment(clip, size, crop, flip, jitter, rng):
     return draw_change(*clip.shape[1:3], size, crop, flip, jitter, 0.0, rng).pictures(clip)
+
+
+def test_kept_videos_are_the_same_and_leave_when_there_is_no_room(data, monkeypatch):
+    listed = manifest.read(data / "phases.jsonl")
+    clip = ClipConfig(frames=4, stride=2, decode=(SIZE, SIZE + 8), crop="random", flip=0.5)
+    samples = [Sample(i % 3, 0, i) for i in range(6)]
+    plain = [ClipDataset(listed, listed.split("train"), clip, SIZE, 0)[sample] for sample in samples]
+    one_video = 14 * 3 * (SIZE + 8) ** 2
+    for room in (1.0, 1.5 * one_video / 2**30):
+        clips._kept.clear()
+        kept = ClipDataset(listed, listed.split("train"), clip, SIZE, 0, keep=room)
+        for sample, alone in zip(samples, plain):
+            again = kept[sample]
+            assert all(torch.equal(again[name], alone[name]) for name in ("video", "label"))
+        held = sum(video.nbytes for video in clips._kept.values())
+        assert (held > one_video) if room == 1.0 else (held <= 1.5 * one_video or len(clips._kept) == 1)
+    with monkeypatch.context() as patch:  # what is kept is not read again, but what lies there anew is
+        patch.setattr(clips, "read_frames", lambda *_: pytest.fail("the file was read again"))
+        kept[samples[-1]]
+    kept = ClipDataset(listed, listed.split("train"), ClipConfig(frames=4), SIZE, 0, keep=1.0)
+    for hue in (0, 1):  # red, then green
+        draw(data / "0.mp4", 14, hue)
+        assert float(kept[Sample(0, 0, 0)]["video"][hue, :, :, SIZE // 2 :].float().mean()) > 150
+    with pytest.raises(VideoError, match="holds 14"):
+        clips.read_kept(data / "0.mp4", [3, 14], SIZE, 0, 2**30)
 
 
 def test_augmentation_is_the_same_for_all_frames():

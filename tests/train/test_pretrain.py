@@ -446,7 +446,7 @@ def test_bad_input_is_one_sentence(data, weights, tmp_path, capsys):
     manifest.write(empty, [], [Entry(str(data / "0.mp4"), 0, 9, split="val")])
     assert "has no clip of split 'train'" in says(capsys, *good, "--data", empty)
     for name, kind in (("pretrain", "synthetic-phases"), ("finetune", "synthetic-clips")):
-        there = "endomamba-small, synthetic-clips" if name == "pretrain" else "cholec80, "
+        there = "endomamba-small, nano-clips, synthetic-clips" if name == "pretrain" else "cholec80, "
         err = says(capsys, name, kind, "--data", data / "unlabelled.jsonl", "--out", tmp_path)
         assert f"there is no recipe '{kind}'; there are {there}" in err
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("step-*"))
