@@ -269,7 +269,7 @@ def test(config: Any, weights: str, listed: Any, world: Any) -> tuple[Any, dict[
     for video, pairs in found.items():
         joined = [tuple(torch.cat(column) for column in zip(*pairs))]
         if config.task == "segmentation":
-            judged = overlap(*joined[0])  # HD95 of early masks, full of holes, takes minutes a video
+            judged = overlap(*joined[0])
         elif config.task == "localisation":
             judged = landmark_scores(*joined[0])
         else:
