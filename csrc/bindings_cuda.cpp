@@ -52,9 +52,9 @@ PYBIND11_MODULE(_C_cuda, m) {
   m.def("frame_most_tokens", &cuda::frame_most_tokens);
   m.def("frame_shared", &cuda::frame_shared);
   // blocks: 9 addresses each, in the order of FrameBlock; states: 0 of two directions
-  m.def("frame_blocks", [=](const std::vector<std::array<uintptr_t, 9>>& blocks, int b, int l, int c, int directions,
-                            float eps, uintptr_t residual, uintptr_t conv_state, uintptr_t ssm_state, uintptr_t memory,
-                            int grid, uintptr_t stream) {
+  m.def("frame_blocks", [=](const std::vector<std::array<uintptr_t, 9>>& blocks, int dtype, int b, int l, int c,
+                            int directions, float eps, uintptr_t residual, uintptr_t conv_state, uintptr_t ssm_state,
+                            uintptr_t memory, int grid, uintptr_t stream) {
     const auto floats = [&](uintptr_t address) { return static_cast<float*>(pointer(address)); };
     cuda::FrameArgs args{};
     args.blocks = static_cast<int>(blocks.size());
@@ -63,7 +63,7 @@ PYBIND11_MODULE(_C_cuda, m) {
       args.block[i] = {pointer(at[0]), floats(at[1]), floats(at[2]), pointer(at[3]), pointer(at[4]),
                        floats(at[5]),  floats(at[6]), floats(at[7]), pointer(at[8])};
     }
-    args.b = b, args.l = l, args.c = c, args.directions = directions, args.eps = eps;
+    args.dtype = dtype, args.b = b, args.l = l, args.c = c, args.directions = directions, args.eps = eps;
     args.residual = floats(residual), args.conv_state = floats(conv_state), args.ssm_state = floats(ssm_state);
     args.memory = pointer(memory);
     cuda::frame_blocks(args, grid, pointer(stream));

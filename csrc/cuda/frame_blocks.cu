@@ -6,27 +6,27 @@
 // way while the barrier is waited for.
 //
 // Grid: a block of 12 warps on each multiprocessor, launched cooperatively.  Each step is cut in tiles, tile i belongs
-// to block i of the grid, then i + grid, ...; who owns what depends on the sizes alone, so results do not depend on the
-// grid.  Steps of a block (rows: all tokens of all streams):
+//   to block i of the grid, then i + grid, ...; who owns what depends on the sizes alone, so results do not depend on
+//   the grid.  Steps of a block (rows: all tokens of all streams):
 //   in     32 rows x 96 columns of xz = (r Win') / rms; then u = silu(conv(x)).  Rows that the conv looks at beyond the
 //          tile's own are made twice.  Two halves of the sum, six groups of 16 columns: 12 warps.
 //   x_proj 16 rows x 8 to 24 columns of [low | B | C] = u Wx; each warp a twelfth of the sum.
 //   scan   every token of a few channels.  dt = softplus(low Wdt + bias) by matrix products; then time across lanes:
-//   four
-//          lanes (four states each) walk a piece of the tokens of one channel from zero and keep C P for every token
-//          (P: product of the decays), 16 states of each channel go from piece to piece in order, and <C P, start> is
-//          added. The second direction after the first.  D x, gate, y.
-//   out    16 rows x 48 columns of r += y Wout; each warp a twelfth of the sum.  For the next block r in bf16 and each
-//          row's sum of squares.
-// Traffic: every weight once a row of tiles, from L2; u, z, [low|B|C], y, r in bf16 through L2.
-// Numerics: fp32 sums, states, dt, residual; x, u, z, low, B, C, y rounded to bf16 as tensors of the model would be;
-// the
-//   normed residual is not.  Sums in an order of their own that does not change; no atomics but the barrier's count.
-// Bound: latency.  4 barriers a block of about 1 us, and about 6 us of work.
+//          four lanes, four states each, walk a piece of the tokens of one channel from zero and keep C P for every
+//          token (P: product of the decays); 16 states of each channel go from piece to piece in order, and
+//          <C P, start> is added.  The second direction after the first.  D x, gate, y.
+//   out    16 rows x 48 columns of r += y Wout; each warp a twelfth of the sum.  For the next block each row's sum of
+//          squares, and r in bf16.
+// Traffic: every weight once a row of tiles, from L2; u, z, [low | B | C], y, r in the model's dtype through L2.
+// Numerics: fp32 sums, states, dt, residual; x, u, z, low, B, C, y rounded to the model's dtype as its tensors would
+//   be; the normed residual is not.  fp32 products are three tf32 products each.  Sums in an order of their own that
+//   does not change; no atomics but the barrier's count.
+// Bound: latency.  4 barriers a block of about 1 us, and the work between them.
 //
-// Products: m16n8k16.  The order of a sum's terms is free, so a lane takes 8 neighbours of a row at once: columns 8 t
-// to 8 t + 7 of 32 are, two by two, what the instruction calls 2t, 2t+1, 2t+8, 2t+9 of two steps of 16.  `copy`, which
-// comes by way of shared memory, has its words in that order: see `place_of`.
+// Products: m16n8k16 of bf16, m16n8k8 of tf32.  The order of a sum's terms is free, so a lane takes 16 neighbouring
+// bytes of a row at once: of bf16 columns 8 t to 8 t + 7 of 32, which are, two by two, what the instruction calls 2t,
+// 2t+1, 2t+8, 2t+9 of two steps of 16.  `copy`, which comes by way of shared memory, has its words in that order: see
+// `place_of`.
 #include "cuda/frame.h"
 #include "device.cuh"
 
@@ -42,30 +42,33 @@ __host__ __device__ constexpr int power_of_2(int v, int from = 16) {
   return from >= v ? from : power_of_2(v, 2 * from);
 }
 
-// Sizes that follow from the model's.
-template <int kC>
+// Sizes that follow from the model's.  T: float, or uint16_t, the bits of a bf16.
+template <class T, int kC>
 struct Sizes {
+  static constexpr int kLane = 16 / sizeof(T),
+                       kGroup = 4 * kLane;  // terms of a sum that a lane, that four take at once
   static constexpr int kD = 2 * kC, kRank = power_of_2((kC + 15) / 16), kProj = kRank + kRow;
-  static constexpr int kGroups = kC / 32, kInner = kD / 32;  // of 32 terms in a sum over c, over d
+  static constexpr int kGroups = kC / kGroup, kInner = kD / kGroup;  // in a sum over c, over d
   static constexpr int kChannels = kD <= 192 ? 2 : kD <= 384 ? 4 : kD <= 768 ? 6 : 10;  // of the scan
   static constexpr int kPieces = kThreads / 4 / kChannels, kPiece = (197 + kPieces - 1) / kPieces;
   static constexpr int kTiles = kC / kOutColumns;  // of columns, each with sums of squares
 };
 
 // 32 bits are enough for an index into any of them: see frame_blocks().
+template <class T>
 struct Memory {
   unsigned* arrived;
   float *squares, *tail;  // (tiles, rows), (b, 3, d)
-  uint16_t *copy, *u, *z, *proj, *y;  // (rows, c), (s, rows, d), (rows, d), (s, rows, r + 32), (rows, d)
+  T *copy, *u, *z, *proj, *y;  // (rows, c) of bf16, (s, rows, d), (rows, d), (s, rows, r + 32), (rows, d)
 };
 
 // Where word i of a row of `copy` lies: 4 x 4 words of 32 columns transposed, so that of 8 rows of 16 bytes ldmatrix
 // gives lane 4 g + t the columns that its 16 bytes of a weight have.
 __host__ __device__ constexpr int place_of(int i) { return (i & ~15) + i % 4 * 4 + i / 4 % 4; }
 
-template <int kC>
-inline Memory memory_of(void* base, int64_t b, int64_t l, int s, int64_t* bytes = nullptr) {
-  using S = Sizes<kC>;
+template <class T, int kC>
+inline Memory<T> memory_of(void* base, int64_t b, int64_t l, int s, int64_t* bytes = nullptr) {
+  using S = Sizes<T, kC>;
   const int64_t rows = b * l;
   char* p = static_cast<char*>(base);
   const auto take = [&](int64_t size) {
@@ -73,15 +76,16 @@ inline Memory memory_of(void* base, int64_t b, int64_t l, int s, int64_t* bytes 
     p += (size + 127) / 128 * 128;
     return here;
   };
-  Memory m;
+  const auto tensor = [&](int64_t size) { return reinterpret_cast<T*>(take(size * sizeof(T))); };
+  Memory<T> m;
   m.arrived = reinterpret_cast<unsigned*>(take(4));
   m.squares = reinterpret_cast<float*>(take(4 * S::kTiles * rows));
   m.tail = reinterpret_cast<float*>(take(4 * b * kTaps * S::kD));
-  m.copy = reinterpret_cast<uint16_t*>(take(2 * rows * kC));
-  m.u = reinterpret_cast<uint16_t*>(take(2 * s * rows * S::kD));
-  m.z = reinterpret_cast<uint16_t*>(take(2 * rows * S::kD));
-  m.proj = reinterpret_cast<uint16_t*>(take(2 * s * rows * S::kProj));
-  m.y = reinterpret_cast<uint16_t*>(take(2 * rows * S::kD));
+  m.copy = sizeof(T) == 2 ? tensor(rows * kC) : nullptr;  // fp32: the residual itself
+  m.u = tensor(s * rows * S::kD);
+  m.z = tensor(rows * S::kD);
+  m.proj = tensor(s * rows * S::kProj);
+  m.y = tensor(rows * S::kD);
   if (bytes) *bytes = p - static_cast<char*>(base);
   return m;
 }
@@ -109,6 +113,24 @@ __device__ __forceinline__ uint32_t halves(float low, float high) {
   return w;
 #endif
 }
+
+// Two neighbours of a row as they are in memory.
+template <class T>
+struct Pair;
+template <>
+struct Pair<uint16_t> {
+  uint32_t word;
+
+  static __device__ __forceinline__ Pair of(float a, float b) { return {halves(a, b)}; }
+  __device__ __forceinline__ float2 floats() const { return make_float2(low_half(word), high_half(word)); }
+};
+template <>
+struct alignas(8) Pair<float> {
+  float a, b;
+
+  static __device__ __forceinline__ Pair of(float a, float b) { return {a, b}; }
+  __device__ __forceinline__ float2 floats() const { return make_float2(a, b); }
+};
 
 // ---- memory ------------------------------------------------------------------------------------------------------
 
@@ -171,13 +193,25 @@ __device__ __forceinline__ float float_at(const float* p) {
   std::memcpy(&v, &w, 4);
   return v;
 }
-// p: at an even place
-__device__ __forceinline__ void put_word(uint16_t* p, uint32_t w) {
+__device__ __forceinline__ Pair<uint16_t> pair_at(const uint16_t* p) { return {word_at(p)}; }
+__device__ __forceinline__ Pair<float> pair_at(const float* p) {
+  Pair<float> v;
 #ifdef ENDOMAMBA_HOST
-  if (reinterpret_cast<uintptr_t>(p) % 4) throw std::logic_error("put_word: not aligned");
-  std::memcpy(p, &w, 4);
+  std::memcpy(&v, p, 8);
 #else
-  *reinterpret_cast<uint32_t*>(p) = w;  // of memcpy the compiler makes four stores of a byte
+  asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(v.a), "=f"(v.b) : "l"(p));
+#endif
+  return v;
+}
+
+// p: at an even place.  Of memcpy the compiler would make stores of single bytes.
+template <class T>
+__device__ __forceinline__ void put(T* p, Pair<T> v) {
+#ifdef ENDOMAMBA_HOST
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(v)) throw std::logic_error("put: not aligned");
+  std::memcpy(p, &v, sizeof(v));
+#else
+  *reinterpret_cast<Pair<T>*>(p) = v;
 #endif
 }
 
@@ -248,19 +282,46 @@ __device__ __forceinline__ void multiply(float (&d)[4], const Words& a, uint32_t
 #endif
 }
 
-// The same over 32 terms: of rows g (`upper`) and g + 8 (`lower`) and of column g the lane has 8 terms each.
+// Eight terms of fp32 as three products of 11 bits each.  Rounded, not cut: then what is left out, below 2^-22 of a
+// term, is of either sign.
+__device__ __forceinline__ void multiply_exactly(float (&d)[4], const Words& a, uint32_t b0, uint32_t b1) {
+  const auto split = [](uint32_t bits, float& high, float& low) {
+    float v;
+    std::memcpy(&v, &bits, 4);
+    bits = (bits + 0x1000u) & 0xffffe000u;
+    std::memcpy(&high, &bits, 4);
+    low = v - high;
+  };
+  float high[4], low[4], high0, low0, high1, low1;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) split(a.w[i], high[i], low[i]);
+  split(b0, high0, low0), split(b1, high1, low1);
+  cuda::multiply(d, low, high0, high1);
+  cuda::multiply(d, high, low0, low1);
+  cuda::multiply(d, high, high0, high1);
+}
+
+// The same over 32 terms of bf16, 16 of fp32: of rows g (`upper`) and g + 8 (`lower`) and of column g the lane has 16
+// bytes each.
+template <class T>
 __device__ __forceinline__ void multiply(float (&d)[4], const Words& upper, const Words& lower, const Words& b) {
 #pragma unroll
-  for (int i = 0; i < 4; i += 2)
-    multiply(d, Words{{upper.w[i], lower.w[i], upper.w[i + 1], lower.w[i + 1]}}, b.w[i], b.w[i + 1]);
+  for (int i = 0; i < 4; i += 2) {
+    const Words a{{upper.w[i], lower.w[i], upper.w[i + 1], lower.w[i + 1]}};
+    if constexpr (sizeof(T) == 2)
+      multiply(d, a, b.w[i], b.w[i + 1]);
+    else
+      multiply_exactly(d, a, b.w[i], b.w[i + 1]);
+  }
 }
 
 // ---- what every step needs -----------------------------------------------------------------------------------------
 
 // The kernel's argument: all of it stays in constant memory.
+template <class T>
 struct Frame {
   FrameArgs args;
-  Memory m;
+  Memory<T> m;
   int l, rows;
 };
 
@@ -286,34 +347,35 @@ __device__ __forceinline__ int block_of_grid() {
 
 // ---- begin: r in bf16 and its sums of squares, for the first block -------------------------------------------------
 
-template <int kC>
-__device__ __forceinline__ void begin(const Frame& f) {
+template <class T, int kC>
+__device__ __forceinline__ void begin(const Frame<T>& f) {
   const int id = thread(), lane = id % 32;
   for (int row = static_cast<int>(blockIdx.x) * kWarps + id / 32; row < f.rows; row += gridDim.x * kWarps) {
     float sum = 0.0f;
     for (int i = 2 * lane; i < kC; i += 64) {
       const float2 r = *reinterpret_cast<const float2*>(f.args.residual + row * kC + i);
-      put_word(f.m.copy + row * kC + 2 * place_of(i / 2), halves(r.x, r.y));
+      if constexpr (sizeof(T) == 2) put(f.m.copy + row * kC + 2 * place_of(i / 2), Pair<T>::of(r.x, r.y));
       sum = fmaf(r.x, r.x, fmaf(r.y, r.y, sum));
     }
 #pragma unroll
     for (int mask = 16; mask; mask /= 2) sum += __shfl_xor_sync(kWarp, sum, mask);
-    if (lane < Sizes<kC>::kTiles) f.m.squares[lane * f.rows + row] = lane ? 0.0f : sum;
+    if (lane < Sizes<T, kC>::kTiles) f.m.squares[lane * f.rows + row] = lane ? 0.0f : sum;
   }
 }
 
 // ---- in: norm, in_proj, conv ---------------------------------------------------------------------------------------
 
-template <int kC, bool kBoth>
+template <class T, int kC, bool kBoth>
 struct In {
-  using S = Sizes<kC>;
+  using S = Sizes<T, kC>;
   static constexpr int kD = S::kD, kSides = kBoth ? 2 : 1, kOwn = kInRows - kTaps * kSides;
   static constexpr int kHalf = (S::kGroups + 1) / 2;  // groups of a half of the sum
-  static constexpr int kPitch = 2 * kC + 16;  // bytes; 8 rows of 16 lie in different banks
+  // bytes: 8 rows of 16 lie in different banks, of fp32 2 rows of 64
+  static constexpr int kPitch = sizeof(T) == 2 ? 2 * kC + 16 : up(4 * kC + 64, 128) - 64;
   static constexpr int kSums = kInColumns + 8, kPairs = kInColumns / 2, kWordPitch = kPairs + 4;
   static constexpr int kXsRows = kInRows + 2 * kTaps;  // some that are read for rows of others before and behind
   static constexpr int kAt = kInRows * kPitch, kXs = kAt + 4 * kInRows * kSums,
-                       kFactors = kXs + 4 * kXsRows * kWordPitch;
+                       kFactors = kXs + static_cast<int>(sizeof(Pair<T>)) * kXsRows * kWordPitch;
   static constexpr int kBytes = kFactors + 4 * kInRows;
 
   // whether half `half` of the sum has a group j
@@ -325,7 +387,7 @@ struct In {
   float taps[kSides][2][kTaps + 1], bias[kSides][2];
 
   static __device__ __forceinline__ int columns() { return 2 * kD / kInColumns; }
-  static __device__ __forceinline__ int tiles(const Frame& f) {
+  static __device__ __forceinline__ int tiles(const Frame<T>& f) {
     return columns() * f.args.b * ((f.l + kOwn - 1) / kOwn);
   }
 
@@ -334,9 +396,9 @@ struct In {
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       const int column = first + warp % 6 * 16 + 8 * n + lane / 4;
-      const uint16_t* const row = at(static_cast<const uint16_t*>(p.in_proj), column * kC + 32 * half + 8 * (lane % 4));
+      const T* const row = at(static_cast<const T*>(p.in_proj), column * kC + S::kGroup * half + S::kLane * (lane % 4));
 #pragma unroll
-      for (int j = 0; j < kHalf; ++j) w[n][j] = there(j, half) ? weights_at(row + 64 * j) : Words{};
+      for (int j = 0; j < kHalf; ++j) w[n][j] = there(j, half) ? weights_at(row + 2 * S::kGroup * j) : Words{};
     }
     const int channel = first % kD + 2 * (id % kPairs);
     const float *const filter = at(p.conv, 4 * channel), *const constant = at(p.conv_bias, channel);
@@ -351,23 +413,28 @@ struct In {
   }
 
   // state: (b, 3, d) of this block
-  __device__ __forceinline__ void run(const Frame& f, const float* state, int tile) const {
+  __device__ __forceinline__ void run(const Frame<T>& f, const float* state, int tile) const {
     char* const memory = reinterpret_cast<char*>(shared_memory());
     float* const sums = reinterpret_cast<float*>(memory + kAt);
-    uint32_t* const xs = reinterpret_cast<uint32_t*>(memory + kXs) + kTaps * kWordPitch;
+    Pair<T>* const xs = reinterpret_cast<Pair<T>*>(memory + kXs) + kTaps * kWordPitch;
     float* const factors = reinterpret_cast<float*>(memory + kFactors);
     const int id = thread(), lane = id % 32, warp = id / 32, g = lane / 4, t4 = lane % 4, half = warp / 6;
     const int first = tile % columns() * kInColumns, strips = (f.l + kOwn - 1) / kOwn;
     const int seq = tile / columns() / strips, t0 = tile / columns() % strips * kOwn - kTaps;
     const auto row_of = [&](int i) { return seq * f.l + min(max(t0 + i, 0), f.l - 1); };
 
-    constexpr int kWords = kC / 8, kAtOnce = kThreads / kWords;  // of 16 bytes in a row; rows
+    constexpr int kWords = kC / S::kLane, kAtOnce = kThreads / kWords;  // of 16 bytes in a row; rows
+    const T* from;
+    if constexpr (sizeof(T) == 2)
+      from = f.m.copy;
+    else
+      from = f.args.residual;
     if (id < kAtOnce * kWords) {
 #pragma unroll
       for (int i = 0; i < kInRows; i += kAtOnce) {
         const int row = i + id / kWords;
         if (row < kInRows)
-          copy_ahead(memory + row * kPitch + 16 * (id % kWords), f.m.copy + row_of(row) * kC + id % kWords * 8);
+          copy_ahead(memory + row * kPitch + 16 * (id % kWords), from + row_of(row) * kC + id % kWords * S::kLane);
       }
     }
     if (id < kInRows) {
@@ -384,11 +451,21 @@ struct In {
     for (int j = 0; j < kHalf; ++j)
       if (there(j, half)) {
         const char* const at = memory + 64 * (2 * j + half);
+        if constexpr (sizeof(T) == 2) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {  // rows 16 (i / 2), terms 16 (i % 2)
-          const Words a = fragment(at + i / 2 * 16 * kPitch + i % 2 * 32, kPitch, lane);
+          for (int i = 0; i < 4; ++i) {  // rows 16 (i / 2), terms 16 (i % 2)
+            const Words a = fragment(at + i / 2 * 16 * kPitch + i % 2 * 32, kPitch, lane);
 #pragma unroll
-          for (int n = 0; n < 2; ++n) multiply(d[i / 2][n], a, w[n][j].w[i % 2 * 2], w[n][j].w[i % 2 * 2 + 1]);
+            for (int n = 0; n < 2; ++n) multiply(d[i / 2][n], a, w[n][j].w[i % 2 * 2], w[n][j].w[i % 2 * 2 + 1]);
+          }
+        } else {
+#pragma unroll
+          for (int m = 0; m < 2; ++m) {
+            const Words* const row = reinterpret_cast<const Words*>(at + (16 * m + g) * kPitch + 16 * t4);
+            const Words upper = row[0], lower = row[8 * kPitch / 16];
+#pragma unroll
+            for (int n = 0; n < 2; ++n) multiply<T>(d[m][n], upper, lower, w[n][j]);
+          }
         }
       }
     if (half) {
@@ -413,32 +490,32 @@ struct In {
           const float* const before = state + (seq * kTaps + t + kTaps) * kD + first + 2 * pair;
           x = before[0], y = before[1];
         }
-        xs[row * kWordPitch + pair] = halves(x, y);
+        xs[row * kWordPitch + pair] = Pair<T>::of(x, y);
       }
     }
     __syncthreads();
 
-    const int pair = id % kPairs, column = first + 2 * pair, from = id / kPairs * 4, t = t0 + from;
-    const int row = seq * f.l + t;  // of `from`: not there where t < 0
-    const auto own = [&](int i) { return from + i >= kTaps && from + i < kTaps + kOwn && t + i < f.l; };
+    const int pair = id % kPairs, column = first + 2 * pair, start = id / kPairs * 4, t = t0 + start;
+    const int row = seq * f.l + t;  // of `start`: not there where t < 0
+    const auto own = [&](int i) { return start + i >= kTaps && start + i < kTaps + kOwn && t + i < f.l; };
     if (first >= kD) {
-      uint16_t* const to = at(f.m.z, row * kD + column - kD);
+      T* const to = at(f.m.z, row * kD + column - kD);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        if (own(i)) put_word(to + i * kD, xs[(from + i) * kWordPitch + pair]);
+        if (own(i)) put(to + i * kD, xs[(start + i) * kWordPitch + pair]);
       return;
     }
-    // rows from - 3 to from + 3, and on to from + 6 for the other direction
+    // rows start - 3 to start + 3, and on to start + 6 for the other direction
     constexpr int kSeen = 4 + kTaps * kSides;
     float x[kSeen][2];
 #pragma unroll
     for (int i = 0; i < kSeen; ++i) {
-      const uint32_t word = xs[(from + i - kTaps) * kWordPitch + pair];
-      x[i][0] = low_half(word), x[i][1] = high_half(word);
+      const float2 both = xs[(start + i - kTaps) * kWordPitch + pair].floats();
+      x[i][0] = both.x, x[i][1] = both.y;
     }
 #pragma unroll
     for (int side = 0; side < kSides; ++side) {
-      uint16_t* const to = at(f.m.u, (side * f.rows + row) * kD + column);
+      T* const to = at(f.m.u, (side * f.rows + row) * kD + column);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float v[2];
@@ -449,7 +526,7 @@ struct In {
           for (int j = 0; j <= kTaps; ++j) v[k] = fmaf(taps[side][k][j], x[side ? i + 2 * kTaps - j : i + j][k], v[k]);
           v[k] *= sigmoid(v[k]);
         }
-        if (own(i)) put_word(to + i * kD, halves(v[0], v[1]));
+        if (own(i)) put(to + i * kD, Pair<T>::of(v[0], v[1]));
       }
     }
 #pragma unroll
@@ -464,9 +541,10 @@ struct In {
 
 // ---- products whose sums are shared by all warps: rows of a, 8 kN rows of weights ----------------------------------
 
-template <int kInner, int kN>
+template <class T, int kInner, int kN>
 struct Shared {
-  static constexpr int kShare = (kInner + kWarps - 1) / kWarps, kD = 32 * kInner, kPitch = 8 * kN + 8;
+  static constexpr int kLane = 16 / sizeof(T), kGroup = 4 * kLane;
+  static constexpr int kShare = (kInner + kWarps - 1) / kWarps, kD = kGroup * kInner, kPitch = 8 * kN + 8;
   static constexpr int kBytes = 4 * kWarps * kRows * kPitch;
 
   // whether a warp has a group j of the sum
@@ -478,31 +556,31 @@ struct Shared {
 
   __device__ __forceinline__ void fetch(const void* weight, int column) {
     const int id = thread(), lane = id % 32, warp = id / 32;
-    const uint16_t* const row =
-        at(static_cast<const uint16_t*>(weight), (column + lane / 4) * kD + 32 * warp + 8 * (lane % 4));
+    const T* const row =
+        at(static_cast<const T*>(weight), (column + lane / 4) * kD + kGroup * warp + kLane * (lane % 4));
 #pragma unroll
     for (int n = 0; n < kN; ++n)
 #pragma unroll
       for (int j = 0; j < kShare; ++j)
-        w[n][j] = there(j, warp) ? weights_at(row + 8 * n * kD + 32 * j * kWarps) : Words{};
+        w[n][j] = there(j, warp) ? weights_at(row + 8 * n * kD + kGroup * j * kWarps) : Words{};
   }
 
   // Leaves 12 parts in shared memory, behind a barrier; row i of a is that of `row + i`, at most `last`.
-  __device__ __forceinline__ void run(const uint16_t* a, int row, int last) const {
+  __device__ __forceinline__ void run(const T* a, int row, int last) const {
     const int id = thread(), lane = id % 32, warp = id / 32, g = lane / 4, t4 = lane % 4;
     Words upper[kShare], lower[kShare];
-    const uint16_t* const first = at(a, min(row + g, last) * kD + 32 * warp + 8 * t4);
-    const uint16_t* const second = at(a, min(row + g + 8, last) * kD + 32 * warp + 8 * t4);
+    const T* const first = at(a, min(row + g, last) * kD + kGroup * warp + kLane * t4);
+    const T* const second = at(a, min(row + g + 8, last) * kD + kGroup * warp + kLane * t4);
 #pragma unroll
     for (int j = 0; j < kShare; ++j) {
-      upper[j] = there(j, warp) ? words_at(first + 32 * j * kWarps) : Words{};
-      lower[j] = there(j, warp) ? words_at(second + 32 * j * kWarps) : Words{};
+      upper[j] = there(j, warp) ? words_at(first + kGroup * j * kWarps) : Words{};
+      lower[j] = there(j, warp) ? words_at(second + kGroup * j * kWarps) : Words{};
     }
     float d[kN][4] = {};
 #pragma unroll
     for (int j = 0; j < kShare; ++j)
 #pragma unroll
-      for (int n = 0; n < kN; ++n) multiply(d[n], upper[j], lower[j], w[n][j]);
+      for (int n = 0; n < kN; ++n) multiply<T>(d[n], upper[j], lower[j], w[n][j]);
     float* const part = reinterpret_cast<float*>(shared_memory()) + warp * kRows * kPitch;
 #pragma unroll
     for (int n = 0; n < kN; ++n)
@@ -526,26 +604,26 @@ struct Shared {
 
 // ---- x_proj --------------------------------------------------------------------------------------------------------
 
-template <int kC, bool kBoth>
+template <class T, int kC, bool kBoth>
 struct XProj {
-  using S = Sizes<kC>;
+  using S = Sizes<T, kC>;
   static constexpr int kSides = kBoth ? 2 : 1, kN = (S::kRank == 64 ? 2 : 1) + (kBoth ? 1 : 0);
-  using Products = Shared<S::kInner, kN>;
+  using Products = Shared<T, S::kInner, kN>;
   static constexpr int kColumns = S::kProj / (8 * kN);
   static_assert(S::kProj % (8 * kN) == 0, "tiles of x_proj must fit");
 
   Products products;
 
-  static __device__ __forceinline__ int tiles(const Frame& f) {
+  static __device__ __forceinline__ int tiles(const Frame<T>& f) {
     return kColumns * kSides * ((f.rows + kRows - 1) / kRows);
   }
 
   __device__ __forceinline__ void fetch(const FrameBlock& p, int tile) {
     const int side = tile / kColumns % kSides;
-    products.fetch(static_cast<const uint16_t*>(p.x_proj) + side * S::kProj * S::kD, tile % kColumns * 8 * kN);
+    products.fetch(static_cast<const T*>(p.x_proj) + side * S::kProj * S::kD, tile % kColumns * 8 * kN);
   }
 
-  __device__ __forceinline__ void run(const Frame& f, int tile) const {
+  __device__ __forceinline__ void run(const Frame<T>& f, int tile) const {
     const int side = tile / kColumns % kSides, row = tile / kColumns / kSides * kRows;
     products.run(f.m.u + side * f.rows * S::kD, row, f.rows - 1);
     const int id = thread();
@@ -553,22 +631,23 @@ struct XProj {
       const int r = i / (4 * kN), pair = i % (4 * kN);
       const float2 v = Products::sum(r, pair);
       if (row + r < f.rows)
-        put_word(f.m.proj + (side * f.rows + row + r) * S::kProj + tile % kColumns * 8 * kN + 2 * pair,
-                 halves(v.x, v.y));
+        put(f.m.proj + (side * f.rows + row + r) * S::kProj + tile % kColumns * 8 * kN + 2 * pair,
+            Pair<T>::of(v.x, v.y));
     }
   }
 };
 
 // ---- scan ----------------------------------------------------------------------------------------------------------
 
-template <int kC, bool kBoth>
+template <class T, int kC, bool kBoth>
 struct Scan {
-  using S = Sizes<kC>;
+  using S = Sizes<T, kC>;
   static constexpr int kD = S::kD, kSides = kBoth ? 2 : 1, kChannels = S::kChannels, kPiece = S::kPiece;
   static constexpr int kOwn = (kPiece + 3) / 4, kSlots = 4 * kOwn;  // tokens of a lane at the end
-  static constexpr int kN = (kChannels + 7) / 8, kSteps = (S::kRank + 31) / 32;
+  static constexpr int kN = (kChannels + 7) / 8, kSteps = (S::kRank + S::kGroup - 1) / S::kGroup;
   static constexpr int kTokens = up(S::kPieces * kPiece, 16), kRowPitch = kRow + 4, kEdge = kChannels * kStates;
-  static constexpr int kAtOnce = kThreads / 4, kLoads = (kTokens + kAtOnce - 1) / kAtOnce;  // rows of B and C
+  static constexpr int kChunks = kRow / S::kLane;  // 16 bytes each, of a row of B and C
+  static constexpr int kAtOnce = kThreads / kChunks, kLoads = (kTokens + kAtOnce - 1) / kAtOnce;  // such rows
   static constexpr int kStrips = (kSides * kTokens / 16 + kWarps - 1) / kWarps;
   static constexpr int kItems = (kTokens * kChannels / 2 + kThreads - 1) / kThreads;
   // floats: B and C, (dt, dt x), last states and products of decays of the pieces, D x of each direction and then y
@@ -588,29 +667,31 @@ struct Scan {
   struct Strip {
     int t;  // of row g
     Words low[kSteps][2];
-    uint32_t x[kN][2];
+    Pair<T> x[kN][2];
 
-    __device__ __forceinline__ void ask(const Frame& f, int side, int row0, int t4, int first) {
+    __device__ __forceinline__ void ask(const Frame<T>& f, int side, int row0, int t4, int first) {
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         const int row = side * f.rows + row0 + min(t + 8 * k, f.l - 1);
-        const uint16_t* const from = at(f.m.proj, row * S::kProj + 8 * t4);
+        const T* const from = at(f.m.proj, row * S::kProj + S::kLane * t4);
 #pragma unroll
         for (int j = 0; j < kSteps; ++j)
-          low[j][k] = 32 * (j + 1) <= S::kRank || 32 * j + 8 * t4 < S::kRank ? words_at(from + 32 * j) : Words{};
+          low[j][k] = S::kGroup * (j + 1) <= S::kRank || S::kGroup * j + S::kLane * t4 < S::kRank
+                          ? words_at(from + S::kGroup * j)
+                          : Words{};
 #pragma unroll
-        for (int n = 0; n < kN; ++n) x[n][k] = word_at(at(f.m.u, row * kD + min(first + 8 * n + 2 * t4, kD - 2)));
+        for (int n = 0; n < kN; ++n) x[n][k] = pair_at(at(f.m.u, row * kD + min(first + 8 * n + 2 * t4, kD - 2)));
       }
     }
 
     // dt, dt x and D x to shared memory; the first two 0 behind the end, so that a step there changes nothing.
-    __device__ __forceinline__ void steps(const Frame& f, const OfSide& p, float* memory, int side, int t4) const {
+    __device__ __forceinline__ void steps(const Frame<T>& f, const OfSide& p, float* memory, int side, int t4) const {
       const Softplus softplus = {-kLog2e, 0.0f, 0.0f, 0.0f};
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
         float d[4] = {};
 #pragma unroll
-        for (int j = 0; j < kSteps; ++j) multiply(d, low[j][0], low[j][1], p.w[n][j]);
+        for (int j = 0; j < kSteps; ++j) multiply<T>(d, low[j][0], low[j][1], p.w[n][j]);
         const int c = 8 * n + 2 * t4, to = (side * kTokens + t) * kChannels + c;
         float dt[4];
 #pragma unroll
@@ -619,13 +700,13 @@ struct Scan {
 #pragma unroll
           for (int k = 0; k < 2; ++k) {
             const bool there = t + 8 * k < f.l;
-            const float x0 = low_half(x[n][k]), x1 = high_half(x[n][k]);
+            const float2 own = x[n][k].floats();
             const float dt0 = there ? dt[2 * k] : 0.0f, dt1 = there ? dt[2 * k + 1] : 0.0f;
             // x of the last token stands for what is not there
             *reinterpret_cast<float4*>(memory + kStepsAt + 2 * (to + 8 * k * kChannels)) =
-                make_float4(dt0, there ? dt0 * x0 : 0.0f, dt1, there ? dt1 * x1 : 0.0f);
+                make_float4(dt0, there ? dt0 * own.x : 0.0f, dt1, there ? dt1 * own.y : 0.0f);
             *reinterpret_cast<float2*>(memory + kY + to + 8 * k * kChannels) =
-                make_float2(p.D[n][0] * x0, p.D[n][1] * x1);
+                make_float2(p.D[n][0] * own.x, p.D[n][1] * own.y);
           }
         }
       }
@@ -638,7 +719,7 @@ struct Scan {
   __device__ __forceinline__ OfSide of_side(int i) const { return sides[i]; }
 
   static __device__ __forceinline__ int groups() { return (kD + kChannels - 1) / kChannels; }
-  static __device__ __forceinline__ int tiles(const Frame& f) { return groups() * f.args.b; }
+  static __device__ __forceinline__ int tiles(const Frame<T>& f) { return groups() * f.args.b; }
 
   __device__ __forceinline__ void fetch(const FrameBlock& p, const float* state, int tile) {
     const int id = thread(), lane = id % 32, quad = id / 4, first = tile % groups() * kChannels, seq = tile / groups();
@@ -649,11 +730,10 @@ struct Scan {
         const int channel = min(first + 8 * n + lane / 4, kD - 1);
 #pragma unroll
         for (int j = 0; j < kSteps; ++j) {
-          const int term = 32 * j + 8 * (lane % 4);
+          const int term = S::kGroup * j + S::kLane * (lane % 4);
           sides[side].w[n][j] =
-              term < S::kRank
-                  ? weights_at(static_cast<const uint16_t*>(p.dt_proj) + (side * kD + channel) * S::kRank + term)
-                  : Words{};
+              term < S::kRank ? weights_at(static_cast<const T*>(p.dt_proj) + (side * kD + channel) * S::kRank + term)
+                              : Words{};
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -735,31 +815,32 @@ struct Scan {
   }
 
   // conv_state (b, 3, d), ssm_state (b, d, 16) of this block
-  __device__ __forceinline__ void run(const Frame& f, float* conv_state, float* ssm_state, int tile) const {
+  __device__ __forceinline__ void run(const Frame<T>& f, float* conv_state, float* ssm_state, int tile) const {
     float* const memory = reinterpret_cast<float*>(shared_memory());
     const int id = thread(), lane = id % 32, warp = id / 32, g = lane / 4, t4 = lane % 4;
     const int first = tile % groups() * kChannels, seq = tile / groups();
     const int pieces = (f.l + kPiece - 1) / kPiece, tokens = pieces * kPiece;
     const int row0 = seq * f.l;
 
-    uint32_t z[kItems];
+    Pair<T> z[kItems];
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       const int item = id + k * kThreads, t = min(item / (kChannels / 2), f.l - 1);
       const int channel = min(first + 2 * (item % (kChannels / 2)), kD - 2);
-      z[k] = word_at(f.m.z + (row0 + t) * kD + channel);
+      z[k] = pair_at(f.m.z + (row0 + t) * kD + channel);
     }
     // All that this thread turns into steps of the walk, asked for at once: rows of B and C, and for products of 16
     // tokens of one direction the low-rank dt and x.  A warp has strip `warp` of each direction, then what is left.
-    const int strips = (tokens + 15) / 16, quarter = id % 4;
+    const int strips = (tokens + 15) / 16, chunk = id % kChunks;
     Words rows[kSides][kLoads];
     Strip strip[kStrips];
 #pragma unroll
     for (int side = 0; side < kSides; ++side) {
-      const uint16_t* const from = at(f.m.proj, (side * f.rows + row0 + id / 4) * S::kProj + S::kRank + 8 * quarter);
+      const T* const from =
+          at(f.m.proj, (side * f.rows + row0 + id / kChunks) * S::kProj + S::kRank + S::kLane * chunk);
 #pragma unroll
       for (int k = 0; k < kLoads; ++k)
-        rows[side][k] = id / 4 + k * kAtOnce < f.l ? words_at(from + k * kAtOnce * S::kProj) : Words{};
+        rows[side][k] = id / kChunks + k * kAtOnce < f.l ? words_at(from + k * kAtOnce * S::kProj) : Words{};
     }
 #pragma unroll
     for (int i = 0; i < kStrips; ++i) {
@@ -770,14 +851,18 @@ struct Scan {
     // B and C in fp32, 0 behind the end
 #pragma unroll
     for (int side = 0; side < kSides; ++side) {
-      float* const to = memory + (side * kTokens + id / 4) * kRowPitch + 8 * quarter;
+      float* const to = memory + (side * kTokens + id / kChunks) * kRowPitch + S::kLane * chunk;
 #pragma unroll
       for (int k = 0; k < kLoads; ++k) {
         const Words& v = rows[side][k];
-        if (id / 4 + k * kAtOnce >= tokens) continue;
+        if (id / kChunks + k * kAtOnce >= tokens) continue;
         float4* const row = reinterpret_cast<float4*>(to + k * kAtOnce * kRowPitch);
-        row[0] = make_float4(low_half(v.w[0]), high_half(v.w[0]), low_half(v.w[1]), high_half(v.w[1]));
-        row[1] = make_float4(low_half(v.w[2]), high_half(v.w[2]), low_half(v.w[3]), high_half(v.w[3]));
+        if constexpr (sizeof(T) == 2) {
+          row[0] = make_float4(low_half(v.w[0]), high_half(v.w[0]), low_half(v.w[1]), high_half(v.w[1]));
+          row[1] = make_float4(low_half(v.w[2]), high_half(v.w[2]), low_half(v.w[3]), high_half(v.w[3]));
+        } else {
+          std::memcpy(row, &v, 16);
+        }
       }
     }
 #pragma unroll
@@ -812,8 +897,9 @@ struct Scan {
         const float2 other = *reinterpret_cast<const float2*>(memory + kY + (kTokens + t) * kChannels + channel);
         v.x += other.x, v.y += other.y;
       }
-      const float z0 = low_half(z[k]), z1 = high_half(z[k]);
-      put_word(f.m.y + (row0 + t) * kD + first + channel, halves(v.x * (z0 * sigmoid(z0)), v.y * (z1 * sigmoid(z1))));
+      const float2 gate = z[k].floats();
+      put(f.m.y + (row0 + t) * kD + first + channel,
+          Pair<T>::of(v.x * (gate.x * sigmoid(gate.x)), v.y * (gate.y * sigmoid(gate.y))));
     }
     if (!kBoth && id < kTaps * kChannels) {
       const int at = (seq * kTaps + id / kChannels) * kD + first + id % kChannels;
@@ -824,15 +910,15 @@ struct Scan {
 
 // ---- out -----------------------------------------------------------------------------------------------------------
 
-template <int kC>
+template <class T, int kC>
 struct Out {
-  using S = Sizes<kC>;
-  using Products = Shared<S::kInner, kOutColumns / 8>;
+  using S = Sizes<T, kC>;
+  using Products = Shared<T, S::kInner, kOutColumns / 8>;
 
   Products products;
   float2 r[2];
 
-  static __device__ __forceinline__ int tiles(const Frame& f) { return S::kTiles * ((f.rows + kRows - 1) / kRows); }
+  static __device__ __forceinline__ int tiles(const Frame<T>& f) { return S::kTiles * ((f.rows + kRows - 1) / kRows); }
   // Half a warp sums a row: its lanes have pairs `lane` and, the first 8, 16 + lane.
   static __device__ __forceinline__ int row(int tile, int id) { return tile / S::kTiles * kRows + id / 16; }
   static __device__ __forceinline__ int word(int tile, int id, int k) {
@@ -841,11 +927,11 @@ struct Out {
   static __device__ __forceinline__ int place(int tile, int id, int k) {
     return row(tile, id) * kC + 2 * word(tile, id, k);
   }
-  static __device__ __forceinline__ bool mine(const Frame& f, int tile, int id, int k) {
+  static __device__ __forceinline__ bool mine(const Frame<T>& f, int tile, int id, int k) {
     return id < 16 * kRows && row(tile, id) < f.rows && (k == 0 || id % 16 < 8);
   }
 
-  __device__ __forceinline__ void fetch(const Frame& f, const FrameBlock& p, int tile) {
+  __device__ __forceinline__ void fetch(const Frame<T>& f, const FrameBlock& p, int tile) {
     const int id = thread();
     products.fetch(p.out_proj, tile % S::kTiles * kOutColumns);
 #pragma unroll
@@ -857,7 +943,7 @@ struct Out {
     }
   }
 
-  __device__ __forceinline__ void run(const Frame& f, int tile) const {
+  __device__ __forceinline__ void run(const Frame<T>& f, int tile) const {
     products.run(f.m.y, tile / S::kTiles * kRows, f.rows - 1);
     const int id = thread();
     if (id >= 16 * kRows) return;
@@ -868,7 +954,8 @@ struct Out {
       const float2 v = Products::sum(id / 16, id % 16 + 16 * k);
       const float2 next = make_float2(r[k].x + v.x, r[k].y + v.y);
       *reinterpret_cast<float2*>(f.args.residual + place(tile, id, k)) = next;
-      put_word(f.m.copy + row(tile, id) * kC + 2 * place_of(word(tile, id, k)), halves(next.x, next.y));
+      if constexpr (sizeof(T) == 2)
+        put(f.m.copy + row(tile, id) * kC + 2 * place_of(word(tile, id, k)), Pair<T>::of(next.x, next.y));
       sum = fmaf(next.x, next.x, fmaf(next.y, next.y, sum));
     }
 #pragma unroll
@@ -880,8 +967,8 @@ struct Out {
 // ---- the kernel ----------------------------------------------------------------------------------------------------
 
 // What the first tile needs of the weights is asked for before the barrier.
-template <class Step, class Fetch, class Run>
-__device__ __forceinline__ void step(const Frame& f, unsigned& turn, Fetch&& fetch, Run&& run) {
+template <class Step, class T, class Fetch, class Run>
+__device__ __forceinline__ void step(const Frame<T>& f, unsigned& turn, Fetch&& fetch, Run&& run) {
   Step s;
   arrive(f.m.arrived);
   int tile = block_of_grid();
@@ -898,78 +985,100 @@ __device__ __forceinline__ void step(const Frame& f, unsigned& turn, Fetch&& fet
   }
 }
 
-template <int kC, bool kBoth>
-__global__ void __launch_bounds__(kThreads, 1) frame_blocks_kernel(const __grid_constant__ Frame f) {
-  using S = Sizes<kC>;
+template <class T, int kC, bool kBoth>
+__global__ void __launch_bounds__(kThreads, 1) frame_blocks_kernel(const __grid_constant__ Frame<T> f) {
+  using S = Sizes<T, kC>;
   const FrameArgs& p = f.args;
   unsigned turn = 0;
-  begin<kC>(f);
+  begin<T, kC>(f);
 #pragma unroll 1
   for (int i = 0; i < p.blocks; ++i) {
     const FrameBlock& w = p.block[i];
     float* const conv_state = kBoth ? nullptr : p.conv_state + static_cast<int64_t>(i) * p.b * kTaps * S::kD;
     float* const ssm_state = kBoth ? nullptr : p.ssm_state + static_cast<int64_t>(i) * p.b * S::kD * kStates;
-    step<In<kC, kBoth>>(
+    step<In<T, kC, kBoth>>(
         f, turn, [&](auto& s, int tile) { s.fetch(w, tile); }, [&](auto& s, int tile) { s.run(f, conv_state, tile); });
-    step<XProj<kC, kBoth>>(
+    step<XProj<T, kC, kBoth>>(
         f, turn, [&](auto& s, int tile) { s.fetch(w, tile); }, [&](auto& s, int tile) { s.run(f, tile); });
-    step<Scan<kC, kBoth>>(
+    step<Scan<T, kC, kBoth>>(
         f, turn, [&](auto& s, int tile) { s.fetch(w, ssm_state, tile); },
         [&](auto& s, int tile) { s.run(f, conv_state, ssm_state, tile); });
-    step<Out<kC>>(f, turn, [&](auto& s, int tile) { s.fetch(f, w, tile); }, [&](auto& s, int tile) { s.run(f, tile); });
+    step<Out<T, kC>>(
+        f, turn, [&](auto& s, int tile) { s.fetch(f, w, tile); }, [&](auto& s, int tile) { s.run(f, tile); });
   }
 }
 
-template <int kC, bool kBoth>
+template <class T, int kC, bool kBoth>
 constexpr int shared_bytes() {
-  return larger(larger(In<kC, kBoth>::kBytes, XProj<kC, kBoth>::Products::kBytes),
-                larger(Scan<kC, kBoth>::kBytes, Out<kC>::Products::kBytes));
+  return larger(larger(In<T, kC, kBoth>::kBytes, XProj<T, kC, kBoth>::Products::kBytes),
+                larger(Scan<T, kC, kBoth>::kBytes, Out<T, kC>::Products::kBytes));
 }
 
-template <int kC, bool kBoth>
+template <class T, int kC, bool kBoth>
 void launch_frame(const FrameArgs& args, int grid, void* stream) {
-  using S = Sizes<kC>;
+  using S = Sizes<T, kC>;
   if (args.l < kTaps || args.l > S::kPieces * S::kPiece)
     throw std::invalid_argument("frame_blocks: tokens must be 3 to " + std::to_string(S::kPieces * S::kPiece) +
                                 " for c = " + std::to_string(kC) + ", got " + std::to_string(args.l));
-  const Frame f{args, memory_of<kC>(args.memory, args.b, args.l, kBoth ? 2 : 1), args.l, args.b * args.l};
-  launch_together("frame_blocks", frame_blocks_kernel<kC, kBoth>, grid, kThreads, shared_bytes<kC, kBoth>(), stream, f);
+  const Frame<T> f{args, memory_of<T, kC>(args.memory, args.b, args.l, kBoth ? 2 : 1), args.l, args.b * args.l};
+  launch_together("frame_blocks", frame_blocks_kernel<T, kC, kBoth>, grid, kThreads, shared_bytes<T, kC, kBoth>(),
+                  stream, f);
 }
 
-// f of a constant that is c; -1 where there is none.
+template <class T, int kChannels>
+struct Model {
+  using Type = T;
+  static constexpr int kC = kChannels;
+};
+
+// f of the model of these channels and dtype (0: fp32, 1: bf16); -1 where there is none.
 template <class F>
-int64_t with_channels(int64_t c, F&& f) {
-#ifndef ENDOMAMBA_BF16_ONLY  // the build that tests compile for all architectures
-  if (c == 96) return f(std::integral_constant<int, 96>());
-  if (c == 192) return f(std::integral_constant<int, 192>());
-  if (c == 576) return f(std::integral_constant<int, 576>());
+int64_t with_model(int dtype, int64_t c, F&& f) {
+  // Tests compile one size for all architectures, and another for the host.
+#ifndef ENDOMAMBA_BF16_ONLY
+  if (dtype == 0 && c == 96) return f(Model<float, 96>());
+  if (dtype == 1 && c == 96) return f(Model<uint16_t, 96>());
+#ifndef ENDOMAMBA_96_ONLY
+  if (dtype == 0) {
+    if (c == 192) return f(Model<float, 192>());
+    if (c == 384) return f(Model<float, 384>());
+    if (c == 576) return f(Model<float, 576>());
+  }
+  if (dtype == 1) {
+    if (c == 192) return f(Model<uint16_t, 192>());
+    if (c == 576) return f(Model<uint16_t, 576>());
+  }
 #endif
-  if (c == 384) return f(std::integral_constant<int, 384>());
+#endif
+#ifndef ENDOMAMBA_96_ONLY
+  if (dtype == 1 && c == 384) return f(Model<uint16_t, 384>());
+#endif
   return -1;
 }
 
 }  // namespace
 
-int64_t frame_memory(int64_t b, int64_t l, int64_t c, int64_t directions) {
-  return with_channels(c, [&](auto size) {
+int64_t frame_memory(int dtype, int64_t b, int64_t l, int64_t c, int64_t directions) {
+  return with_model(dtype, c, [&](auto model) {
     int64_t bytes = 0;
-    memory_of<decltype(size)::value>(nullptr, b, l, static_cast<int>(directions), &bytes);
+    memory_of<typename decltype(model)::Type, decltype(model)::kC>(nullptr, b, l, static_cast<int>(directions), &bytes);
     return bytes;
   });
 }
 
-int frame_most_tokens(int64_t c) {
-  const int64_t most = with_channels(c, [](auto size) -> int64_t {
-    using S = Sizes<decltype(size)::value>;
+int frame_most_tokens(int dtype, int64_t c) {
+  const int64_t most = with_model(dtype, c, [](auto model) -> int64_t {
+    using S = Sizes<typename decltype(model)::Type, decltype(model)::kC>;
     return S::kPieces * S::kPiece;
   });
-  return static_cast<int>(larger(0, static_cast<int>(most)));
+  return larger(0, static_cast<int>(most));
 }
 
-int64_t frame_shared(int64_t c, int64_t directions) {
-  const int64_t bytes = with_channels(c, [&](auto size) -> int64_t {
-    constexpr int kC = decltype(size)::value;
-    return directions == 2 ? shared_bytes<kC, true>() : shared_bytes<kC, false>();
+int64_t frame_shared(int dtype, int64_t c, int64_t directions) {
+  const int64_t bytes = with_model(dtype, c, [&](auto model) -> int64_t {
+    using T = typename decltype(model)::Type;
+    constexpr int kC = decltype(model)::kC;
+    return directions == 2 ? shared_bytes<T, kC, true>() : shared_bytes<T, kC, false>();
   });
   return larger(0, static_cast<int>(bytes));
 }
@@ -981,13 +1090,18 @@ void frame_blocks(const FrameArgs& args, int grid, void* stream) {
   // u of both directions, ssm_state of a block
   if (static_cast<int64_t>(args.b) * larger(2 * args.l, kStates) * 2 * args.c > 0x7fffffff)
     throw std::invalid_argument("frame_blocks: more than 2^31 - 1 values in a tensor");
-  const int64_t done = with_channels(args.c, [&](auto size) -> int64_t {
-    constexpr int kC = decltype(size)::value;
-    args.directions == 2 ? launch_frame<kC, true>(args, grid, stream) : launch_frame<kC, false>(args, grid, stream);
+  const int64_t done = with_model(args.dtype, args.c, [&](auto model) -> int64_t {
+    using T = typename decltype(model)::Type;
+    constexpr int kC = decltype(model)::kC;
+    if (args.directions == 2)
+      launch_frame<T, kC, true>(args, grid, stream);
+    else
+      launch_frame<T, kC, false>(args, grid, stream);
     return 0;
   });
   if (done < 0)
-    throw std::invalid_argument("frame_blocks: c must be 96, 192, 384 or 576, got " + std::to_string(args.c));
+    throw std::invalid_argument("frame_blocks: c must be 96, 192, 384 or 576 and dtype 0 or 1, got " +
+                                std::to_string(args.c) + " and " + std::to_string(args.dtype));
 }
 
 }  // namespace endomamba::cuda

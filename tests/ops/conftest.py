@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.ops.backends import DEVICE, INTERPRET, NAMES, PLAIN
-from tests.ops.cuda_on_host import host_module  # noqa: F401
+from tests.ops.cuda_on_host import host_module, whole_host_module  # noqa: F401
 
 # Here, before the test modules are imported: their tables hold tensors.
 if DEVICE != "cpu":

@@ -12,16 +12,27 @@ from tests.ops.test_frame_blocks import ids, make, run
 pytestmark = needs_compiler
 SMALL = {"c": 96, "d": 192, "r": 6, "dtype": "bf16", "l": 20}
 # More rows than a tile of `in` has, two streams, as few as the conv keeps
-ROWS = [{}, {"l": 37, "b": 2}, {"l": 3, "layers": 1}]
-WHOLE = [{"c": c, "d": 2 * c, "r": c // 16, "l": 197} for c in (192, 384, 576)]
+ROWS = [{}, {"l": 37, "b": 2}, {"l": 3, "layers": 1}, {"dtype": "fp32", "l": 37}]
+WHOLE = [
+    {"c": c, "d": 2 * c, "r": c // 16, "l": 197, "dtype": dtype} for dtype in ("bf16", "fp32") for c in (192, 384, 576)
+]
 both = pytest.mark.parametrize("sides", [2, 1], ids=["both", "causal"])
 
 
 @pytest.fixture
 def grid(host_module, monkeypatch):
     """Makes the CUDA back end run here, on so many blocks."""
+    yield from runs_here(host_module, monkeypatch)
+
+
+@pytest.fixture
+def whole_grid(whole_host_module, monkeypatch):
+    yield from runs_here(whole_host_module, monkeypatch)
+
+
+def runs_here(compiled, monkeypatch):
     for module in (cuda, _scan_cuda):
-        monkeypatch.setattr(module, "load", lambda: host_module)
+        monkeypatch.setattr(module, "load", lambda: compiled)
         monkeypatch.setattr(module, "missing", lambda: "")
     monkeypatch.setattr(cuda, "usable", lambda: True)
     monkeypatch.setattr(_scan_cuda, "_elsewhere", lambda x: [])
@@ -31,10 +42,10 @@ def grid(host_module, monkeypatch):
 
     def of(blocks: int, descending: bool = False):
         monkeypatch.setattr(_scan_cuda, "processors", lambda device: blocks)
-        host_module.descending(descending)
+        compiled.descending(descending)
 
     yield of
-    host_module.descending(False)
+    compiled.descending(False)
 
 
 def assert_right(row, sides):
@@ -54,8 +65,8 @@ def test_against_the_ops_it_fuses(grid, row, sides):
 @pytest.mark.slow
 @both
 @pytest.mark.parametrize("row", WHOLE, ids=ids)
-def test_whole_frames_of_every_size(grid, row, sides):
-    grid(5)
+def test_whole_frames_of_every_size(whole_grid, row, sides):
+    whole_grid(5)
     assert_right(row, sides)
 
 
@@ -84,11 +95,11 @@ def test_streams_have_the_bits_they_have_alone(grid):
         ({"l": 2}, "3 to 240 tokens, not 2"),
         ({"l": 241}, "3 to 240 tokens, not 241"),
         ({"c": 80, "d": 160, "r": 5}, "96, 192, 384 or 576 channels, not 80"),
-        ({"dtype": "fp32"}, "weights must be bfloat16"),
+        ({"dtype": "fp16"}, "weights must be bfloat16 or float32, they are torch.float16"),
         ({"w": 3}, "the conv must be 4 wide, not 3"),
         ({"layers": 49, "l": 3}, "there can be 48 blocks, not 49"),
     ],
-    ids=["few", "many", "channels", "fp32", "conv", "blocks"],
+    ids=["few", "many", "channels", "fp16", "conv", "blocks"],
 )
 def test_what_it_does_not_take_is_said(grid, row, expected):
     grid(3)

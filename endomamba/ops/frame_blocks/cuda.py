@@ -13,6 +13,7 @@ from .._triton import on_device
 
 LEAST_TOKENS = 3  # what the conv keeps
 WEIGHTS = 9  # tensors of a block
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # csrc/cuda/frame.h
 
 
 def unsupported(residual: Tensor, weights: Sequence[Tensor] = (), *_: object) -> list[str]:
@@ -31,8 +32,8 @@ def _kinds(residual: Tensor, weights: Sequence[Tensor]) -> list[str]:
         return why
     in_proj, conv, A = weights[0], weights[1], weights[6]
     c = in_proj.shape[1]
-    if in_proj.dtype != torch.bfloat16:
-        why.append(f"weights must be bfloat16, they are {in_proj.dtype}")
+    if in_proj.dtype not in DTYPES:
+        why.append(f"weights must be bfloat16 or float32, they are {in_proj.dtype}")
     if A.shape[1:] != (2 * c, _scan_cuda.STATES):
         why.append(
             f"the frame kernel is for 2 c inner channels and 16 states, not {tuple(A.shape[1:])} of {c} channels"
@@ -44,7 +45,8 @@ def _kinds(residual: Tensor, weights: Sequence[Tensor]) -> list[str]:
 
 def _limits(residual: Tensor, weights: Sequence[Tensor]) -> list[str]:
     cuda, blocks, c, sides = load(), len(weights) // WEIGHTS, weights[0].shape[1], weights[6].shape[0]
-    most, shared = cuda.frame_most_tokens(c), cuda.frame_shared(c, sides)
+    dtype = DTYPES[weights[0].dtype]
+    most, shared = cuda.frame_most_tokens(dtype, c), cuda.frame_shared(dtype, c, sides)
     if not most:
         return [f"the frame kernel is for 96, 192, 384 or 576 channels, not {c}"]
     why = []
@@ -66,6 +68,8 @@ def faster(_phase: str, residual: Tensor, weights: Sequence[Tensor] = (), *more:
     the Triton kernels take 250 and 281; of the tiny and middle ones Triton's are faster."""
     if residual.ndim != 3 or residual.shape[0] != 1 or residual.shape[2] != 384 or not _scan_cuda._on_gpu(residual):
         return False
+    if not weights or weights[0].dtype != torch.bfloat16:
+        return False
     measured = _scan_cuda._capability(residual.device) == "9.0"
     return measured and not _kinds(residual, weights) and usable() and not _limits(residual, weights)
 
@@ -78,13 +82,13 @@ def frame_blocks(
     eps: float,
 ) -> None:
     b, l, c = residual.shape
-    cuda, sides = load(), blocks[0][6].shape[0]
+    cuda, sides, dtype = load(), blocks[0][6].shape[0], DTYPES[blocks[0][0].dtype]
     with on_device(residual):
-        memory = torch.empty(cuda.frame_memory(b, l, c, sides), dtype=torch.uint8, device=residual.device)
+        memory = torch.empty(cuda.frame_memory(dtype, b, l, c, sides), dtype=torch.uint8, device=residual.device)
         memory[:4].zero_()  # the count of the grid's barrier
         addresses = [[t.data_ptr() for t in block] for block in blocks]
         states = [0 if t is None else t.data_ptr() for t in (conv_state, ssm_state)]
         cuda.frame_blocks(
-            addresses, b, l, c, sides, eps, residual.data_ptr(), *states, memory.data_ptr(),
+            addresses, dtype, b, l, c, sides, eps, residual.data_ptr(), *states, memory.data_ptr(),
             _scan_cuda.processors(residual.device), _scan_cuda.stream(residual.device),
         )  # fmt: skip
