@@ -22,7 +22,7 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def host_module(tmp_path_factory):
-    """endomamba._C_cuda of fibers instead of threads, its frame kernel for 96 channels; one for all workers of a run."""
+    """endomamba._C_cuda of fibers instead of threads, its frame kernel for 96 channels; one for all workers."""
     return built("host", ["-DENDOMAMBA_96_ONLY"], tmp_path_factory)
 
 
