@@ -119,15 +119,11 @@ class FrameStream:
         return None if why else weights
 
     def _speaks_against(self, weights: FrameWeights) -> list[str]:
-        backend = self.model.config.backend
-        if backend not in ("auto", "triton", "cuda"):
-            return [f"the model was made with backend={backend!r}"]
-        found: list[str] = []
-        for kind in (blocks[0] for blocks in (weights.spatial, weights.temporal) if blocks):
-            why = reasons("frame_blocks", "triton" if backend == "auto" else backend, self._state.ssm, kind)
-            if why and not (backend == "auto" and not reasons("frame_blocks", "cuda", self._state.ssm, kind)):
-                found += why
-        return list(dict.fromkeys(found))
+        kinds = [blocks[0] for blocks in (weights.spatial, weights.temporal) if blocks]
+        found = [reasons("frame_blocks", "triton", self._state.ssm, kind) for kind in kinds]
+        if self.model.config.backend not in ("auto", "triton"):
+            found.append([f"the model was made with backend={self.model.config.backend!r}"])
+        return list(dict.fromkeys(reason for some in found for reason in some))
 
     # ---- frames in, answers out
 

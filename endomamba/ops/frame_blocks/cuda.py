@@ -63,17 +63,6 @@ def _limits(residual: Tensor, weights: Sequence[Tensor]) -> list[str]:
     return why
 
 
-def faster(_phase: str, residual: Tensor, weights: Sequence[Tensor] = (), *more: object) -> bool:
-    """Measured on an H200: of one stream of the small model, 12 blocks in 228 and 260 us, causal and both ways, where
-    the Triton kernels take 250 and 281; of the tiny and middle ones Triton's are faster."""
-    if residual.ndim != 3 or residual.shape[0] != 1 or residual.shape[2] != 384 or not _scan_cuda._on_gpu(residual):
-        return False
-    if not weights or weights[0].dtype != torch.bfloat16:
-        return False
-    measured = _scan_cuda._capability(residual.device) == "9.0"
-    return measured and not _kinds(residual, weights) and usable() and not _limits(residual, weights)
-
-
 def frame_blocks(
     residual: Tensor,
     blocks: Sequence[tuple[Tensor, ...]],
