@@ -14,7 +14,7 @@ from bench.stats import Trend, trend
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bench.frame import Setting
+    from bench.frame_setting import Setting
 
 LEFT_OUT = 10  # in so many parts of the frames the first is left out: the state fills, and its error with it
 WINDOW = 40  # frames of the parallel pass at once; the state goes from one window to the next

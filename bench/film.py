@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bench.frame import Setting
+    from bench.frame_setting import Setting
 
 DRAWN = 24  # pictures, played forth and back
 KEPT = 64  # decoded frames that the model is timed with alone

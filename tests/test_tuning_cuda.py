@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from endomamba.ops import _extension_cuda, _scan_cuda
+from endomamba.ops import _cuda, _extension_cuda
 from endomamba.ops import _scan_cuda_table as table
 from endomamba.ops._backend import TABLES, choose
 from endomamba.ops.mixer_inner import compose
@@ -76,11 +76,11 @@ def test_the_tool_rewrites_the_table(tmp_path, monkeypatch):
 def gpu(rows, monkeypatch):
     """Tensors on the meta device are taken for an H200's."""
     monkeypatch.setattr("endomamba.ops._backend.AUTO", {"meta": ("triton", "cuda")})
-    monkeypatch.setattr(_scan_cuda, "_on_gpu", lambda x: True)
-    monkeypatch.setattr(_scan_cuda, "_elsewhere", lambda x: [])
-    monkeypatch.setattr(_scan_cuda, "missing", lambda: "")
-    monkeypatch.setattr(_scan_cuda, "usable", lambda: True)
-    monkeypatch.setattr(_scan_cuda, "_capability", lambda device: "9.0")
+    monkeypatch.setattr(_cuda, "on_gpu", lambda x: True)
+    monkeypatch.setattr(_cuda, "elsewhere", lambda x: [])
+    monkeypatch.setattr(_cuda, "missing", lambda: "")
+    monkeypatch.setattr(_cuda, "usable", lambda: True)
+    monkeypatch.setattr(_cuda, "capability", lambda device: (9, 0))
     for op in ("selective_scan", "bidirectional_scan", "mixer_inner"):
         row = TABLES[op]["triton"]
         monkeypatch.setitem(TABLES[op], "triton", type(row)(row.fwd, row.bwd, lambda *_: []))
@@ -104,13 +104,13 @@ def test_auto_takes_cuda_where_the_table_has_it(gpu):
 
 
 def test_auto_takes_triton_on_another_gpu_and_where_nothing_can_be_built(gpu, monkeypatch):
-    monkeypatch.setattr(_scan_cuda, "_capability", lambda device: "8.0")
+    monkeypatch.setattr(_cuda, "capability", lambda device: (8, 0))
     assert chosen(1, 197, 768) == "triton"
-    monkeypatch.setattr(_scan_cuda, "_capability", lambda device: "9.0")
-    monkeypatch.setattr(_scan_cuda, "missing", lambda: "no nvcc")
+    monkeypatch.setattr(_cuda, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(_cuda, "missing", lambda: "no nvcc")
     assert chosen(1, 197, 768) == "triton"
-    monkeypatch.setattr(_scan_cuda, "missing", lambda: "")
-    monkeypatch.setattr(_scan_cuda, "usable", lambda: False)
+    monkeypatch.setattr(_cuda, "missing", lambda: "")
+    monkeypatch.setattr(_cuda, "usable", lambda: False)
     assert chosen(1, 197, 768) == "triton"
 
 

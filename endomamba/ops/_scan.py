@@ -30,6 +30,28 @@ class Direction(NamedTuple):
     reverse: bool
 
 
+def lanes(t: Tensor | None) -> Tensor | None:
+    """Lanes are channels: channels must be neighbours in memory.  Other layouts are copied, which is also faster."""
+    return t if t is None or t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()
+
+
+def aligned_states(t: Tensor | None) -> Tensor | None:
+    """A (d, n) array that lanes read 16 bytes at a time."""
+    if t is None:
+        return None
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def laid_out(side: Direction) -> Direction:
+    """As the kernels of a GPU read it."""
+    return side._replace(
+        x=lanes(side.x), dt=lanes(side.dt), A=aligned_states(side.A), initial_state=aligned_states(side.initial_state),
+        D=None if side.D is None else side.D.contiguous(),
+        dt_bias=None if side.dt_bias is None else side.dt_bias.contiguous(),
+    )  # fmt: skip
+
+
 def chunk_states_shape(x: Tensor, A: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int, int]:
     """Shape of the saved states: one (d, n) at the start of every chunk of 64 tokens, in walking order.
 

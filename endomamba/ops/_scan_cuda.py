@@ -6,20 +6,15 @@ Letters: b sequences, l tokens, d channels, n state size.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
+from . import _cuda
 from . import _scan_cuda_table as table
-from ._backend import FP64
-from ._extension_cuda import load, missing, usable
-from ._native import DTYPES
-from ._scan import Direction
+from ._scan import Direction, aligned_states, laid_out, lanes
 from ._scan_native import backward_arguments, forward_arguments
 from ._triton import on_device
 
-STATES = 16  # csrc/cuda/device.cuh: kStates
 # One frame or a few: time across the lanes of a block, where the other kernel's warps (16 channels of a sequence and
 # direction each) would leave most of the GPU idle.  Not under plan="invariant", whose choice may not look at the number
 # of sequences.
@@ -28,29 +23,12 @@ FRAME = {"least": 17, "warps": 4}  # tokens; at most so many warps of the other 
 BACK_BLOCKS = 6  # of the backward, that a multiprocessor holds: csrc/cuda/scan_back.cu
 
 
-def unsupported(x: Tensor, *_: Tensor | None) -> list[str]:
-    """What holds for every op: the extension, the device, the dtype."""
-    why = [missing()] if missing() else []
-    why += _elsewhere(x)
-    if x.dtype not in DTYPES:
-        why.append(FP64 if x.dtype == torch.float64 else f"{x.dtype} is not supported")
-    return why
-
-
-def _on_gpu(x: Tensor) -> bool:
-    return x.device.type == "cuda" and torch.version.hip is None
-
-
-def _elsewhere(x: Tensor) -> list[str]:
-    return [] if _on_gpu(x) else [f"CUDA kernels run on an NVIDIA GPU, x is on {x.device}"]
-
-
 def unsupported_scan(
     x: Tensor, dt=None, A=None, B=None, C=None, D=None, z=None, dt_bias=None, initial_state=None,
     cu_seqlens=None, mask=None,
 ) -> list[str]:  # fmt: skip
     """selective_scan's tensors, as many as the caller has."""
-    return unsupported(x) + _operands(A, B, C) + _packing(cu_seqlens, mask)
+    return _cuda.unsupported(x) + unsupported_operands(A, B, C) + _packing(cu_seqlens, mask)
 
 
 def unsupported_both(
@@ -58,42 +36,29 @@ def unsupported_both(
     z=None, dt_bias=None, dt_bias_b=None, initial_state=None, initial_state_b=None, cu_seqlens=None, mask=None,
 ) -> list[str]:  # fmt: skip
     """bidirectional_scan's tensors, as many as the caller has."""
-    both = _operands(A, B, C) + _operands(None, B_b, C_b, "_b")
-    return unsupported(x) + both + _packing(cu_seqlens, mask)
+    both = unsupported_operands(A, B, C) + unsupported_operands(None, B_b, C_b, "_b")
+    return _cuda.unsupported(x) + both + _packing(cu_seqlens, mask)
 
 
 def faster(phase: str, *tensors: Tensor | None) -> bool:
     """Whether selective_scan's tensors can run here and were measured faster; see `_scan_cuda_table`."""
-    return _measured(f"causal {phase}", tensors[0]) and not unsupported_scan(*tensors) and usable()
+    return _measured(f"causal {phase}", tensors[0]) and not unsupported_scan(*tensors) and _cuda.usable()
 
 
 def faster_both(phase: str, *tensors: Tensor | None) -> bool:
-    return _measured(f"both ways {phase}", tensors[0]) and not unsupported_both(*tensors) and usable()
+    return _measured(f"both ways {phase}", tensors[0]) and not unsupported_both(*tensors) and _cuda.usable()
 
 
 def _measured(phase: str, x: Tensor) -> bool:
-    if not _on_gpu(x) or x.dtype != torch.bfloat16 or x.ndim != 3:
+    if not _cuda.on_gpu(x) or x.dtype != torch.bfloat16 or x.ndim != 3:
         return False
-    return table.faster(phase, *x.shape) and _capability(x.device) == table.MEASURED["capability"]
+    return table.faster(phase, *x.shape) and "{}.{}".format(*_cuda.capability(x.device)) == table.MEASURED["capability"]
 
 
-@functools.cache
-def _capability(device: torch.device) -> str:
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"{major}.{minor}"
-
-
-def unsupported_mixer(xz: Tensor, A=None, conv_weight=None, cu_seqlens=None) -> list[str]:
-    """What the scan and the convolution of a mixer do not take; as many tensors as the caller has."""
-    from .causal_conv1d import cuda as conv
-
-    return conv.unsupported(xz, conv_weight, cu_seqlens) + _operands(A, None, None)
-
-
-def _operands(A: Tensor | None, B: Tensor | None, C: Tensor | None, side: str = "") -> list[str]:
+def unsupported_operands(A: Tensor | None, B: Tensor | None, C: Tensor | None, side: str = "") -> list[str]:
     why = []
-    if A is not None and A.shape[1] != STATES:
-        why.append(f"n={A.shape[1]}, the kernels have n={STATES}")
+    if A is not None and A.shape[1] != _cuda.STATES:
+        why.append(f"n={A.shape[1]}, the kernels have n={_cuda.STATES}")
     for name, t in (("B" + side, B), ("C" + side, C)):
         if t is not None and t.ndim == 2:
             why.append(f"{name} is constant over tokens")
@@ -107,51 +72,15 @@ def _packing(cu_seqlens: Tensor | None, mask: Tensor | None) -> list[str]:
     return [f"{name} is not supported" for name, t in given.items() if t is not None]
 
 
-@functools.cache
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
-
-
-def neighbours(t: Tensor | None) -> Tensor | None:
-    """Lanes are channels: channels must be neighbours in memory.  Other layouts are copied."""
-    return t if t is None or t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()
-
-
-def _states(t: Tensor | None) -> Tensor | None:
-    """A (d, n) array that lanes read 16 bytes at a time."""
-    if t is None:
-        return None
-    t = t.contiguous()
-    return t if t.data_ptr() % 16 == 0 else t.clone()
-
-
-def _side(side: Direction) -> Direction:
-    return side._replace(
-        x=neighbours(side.x), dt=neighbours(side.dt), A=_states(side.A), initial_state=_states(side.initial_state),
-        D=None if side.D is None else side.D.contiguous(),
-        dt_bias=None if side.dt_bias is None else side.dt_bias.contiguous(),
-    )  # fmt: skip
-
-
-@functools.cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes that a block may have."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-
-
 def _as_frame(cuda, x: Tensor, directions: int, frames: int, save_states: bool, plan: str) -> bool:
     """`scan_frame` runs, not `scan_walk`."""
     b, l, d = x.shape
     if plan == "invariant" or frames or save_states or not FRAME["least"] <= l <= cuda.frame_tokens():
         return False
-    many = processors(x.device)
+    many = _cuda.processors(x.device)
     if b * ((d + 15) // 16) * directions > FRAME["warps"] * many:
         return False
-    return cuda.frame_bytes(b, l, d, directions, many) <= _shared_memory(x.device)
+    return cuda.frame_bytes(b, l, d, directions, many) <= _cuda.shared_memory(x.device)
 
 
 def scan_fwd(
@@ -165,8 +94,8 @@ def scan_fwd(
     **options: bool | int | float,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """-> y, final state of each side, chunk states of each side; options as in `_scan_native.forward_arguments`."""
-    sides, z = tuple(_side(side) for side in sides), neighbours(z)
-    cuda = load()
+    sides, z = tuple(laid_out(side) for side in sides), lanes(z)
+    cuda = _cuda.load()
     args, y, finals, chunks = forward_arguments(cuda, sides, z, cu_seqlens, mask, **options)
     x = sides[0].x
     if x.numel() == 0:
@@ -175,9 +104,9 @@ def scan_fwd(
         return y, finals, chunks
     frame = _as_frame(cuda, x, len(sides), options["frames"], options["save_states"], plan)
     with on_device(x):
-        queue = stream(x.device)
+        queue = _cuda.stream(x.device)
         if frame:
-            cuda.scan_frame(args, processors(x.device), queue)
+            cuda.scan_frame(args, _cuda.processors(x.device), queue)
         else:
             park = None
             if len(sides) == 2 and not cuda.walk_shared(x.shape[1]):
@@ -191,7 +120,7 @@ def _workers(x: Tensor, blocks: int, plan: str) -> int:
     b = x.shape[0]
     if plan == "invariant":
         return b
-    rounds = -(-b * blocks // (BACK_BLOCKS * max(processors(x.device), 1)))
+    rounds = -(-b * blocks // (BACK_BLOCKS * max(_cuda.processors(x.device), 1)))
     return -(-b // rounds)
 
 
@@ -215,10 +144,10 @@ def scan_bwd(
     """As `_scan_native.scan_bwd`.  Two directions are two launches, the first one's y waits in fp32."""
     x = sides[0].x
     b, l, d = x.shape
-    sides, z = tuple(_side(side) for side in sides), neighbours(z)
-    dy = torch.zeros_like(x) if dy is None else neighbours(dy)
-    dfinal_states = tuple(_states(t) for t in dfinal_states)
-    cuda = load()
+    sides, z = tuple(laid_out(side) for side in sides), lanes(z)
+    dy = torch.zeros_like(x) if dy is None else lanes(dy)
+    dfinal_states = tuple(aligned_states(t) for t in dfinal_states)
+    cuda = _cuda.load()
     args, dz, grads = backward_arguments(
         cuda, dy, dfinal_states, sides, z, cu_seqlens, mask, chunk_states,
         scale=scale, dt_softplus=dt_softplus, frames=frames, dz=dz, y=y,
@@ -237,12 +166,12 @@ def scan_bwd(
         for i, (side, grad) in enumerate(zip(sides, grads, strict=True)):
             cuda.scan_back(
                 args, i, scratch.data_ptr(), sums.data_ptr(), parts.data_ptr(), 0 if park is None else park.data_ptr(),
-                i == 0, workers, stream(x.device),
+                i == 0, workers, _cuda.stream(x.device),
             )  # fmt: skip
             total = parts.view(workers, -1).sum(0)
-            grad[2].copy_(total[: d * STATES].view(d, STATES))
+            grad[2].copy_(total[: d * _cuda.STATES].view(d, _cuda.STATES))
             if side.D is not None:
-                grad[5].copy_(total[d * STATES : d * STATES + d])
+                grad[5].copy_(total[d * _cuda.STATES : d * _cuda.STATES + d])
             if side.dt_bias is not None:
-                grad[6].copy_(total[d * STATES + d : d * STATES + 2 * d])
+                grad[6].copy_(total[d * _cuda.STATES + d : d * _cuda.STATES + 2 * d])
     return dz, grads

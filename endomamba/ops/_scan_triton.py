@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ._scan import CHUNK, Direction, chunk_states_shape, empty
+from ._scan import CHUNK, Direction, aligned_states, chunk_states_shape, empty, laid_out, lanes
 from ._scan_triton_adjoint import _scan_adjoint_kernel
 from ._scan_triton_bwd import _scan_bwd_kernel
 from ._scan_triton_fwd import _scan_carry_kernel, _scan_fwd_kernel
@@ -108,28 +108,7 @@ def _call(x: Tensor, n: int, z: Tensor | None, cu_seqlens, mask, softplus: bool,
     seqs = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    return _Call(seqs, x.shape[1], x.shape[2], n, _lanes(z), cu_seqlens, mask, softplus, frames, x.device)
-
-
-def _lanes(t: Tensor | None) -> Tensor | None:
-    """Lanes are channels: channels must be neighbours in memory.  Other layouts are copied, which is also faster."""
-    return t if t is None or t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()
-
-
-def _states(t: Tensor | None) -> Tensor | None:
-    """A (d, n) array that lanes read 16 bytes at a time."""
-    if t is None:
-        return None
-    t = t.contiguous()
-    return t if t.data_ptr() % 16 == 0 else t.clone()
-
-
-def _side(side: Direction) -> Direction:
-    return side._replace(
-        x=_lanes(side.x), dt=_lanes(side.dt), A=_states(side.A), initial_state=_states(side.initial_state),
-        D=None if side.D is None else side.D.contiguous(),
-        dt_bias=None if side.dt_bias is None else side.dt_bias.contiguous(),
-    )  # fmt: skip
+    return _Call(seqs, x.shape[1], x.shape[2], n, lanes(z), cu_seqlens, mask, softplus, frames, x.device)
 
 
 def _row_strides(t: Tensor) -> tuple[int, int, int, int]:
@@ -275,7 +254,7 @@ def scan_fwd(
             if return_final_state:
                 final.copy_(side.initial_state) if side.initial_state is not None else final.zero_()
         return y, finals, chunks
-    sides = tuple(_side(side) for side in sides)
+    sides = tuple(laid_out(side) for side in sides)
     with on_device(x):
         if len(sides) == 2 and _apart(call, plan):
             _forward_apart(call, sides, y, scale, finals, chunks, return_final_state, save_states, plan)
@@ -445,8 +424,8 @@ def scan_bwd(
             if side.initial_state is not None and dfinal is not None:
                 grad[7].copy_(dfinal)
         return dz, grads
-    dy = torch.zeros_like(x) if dy is None else _lanes(dy)
-    sides = tuple(_side(side) for side in sides)
+    dy = torch.zeros_like(x) if dy is None else lanes(dy)
+    sides = tuple(laid_out(side) for side in sides)
     parts = _parts(n)
     launches = len(sides) * len(parts)
     apart = len(sides) == 2 and _apart(call, plan)
@@ -465,7 +444,7 @@ def scan_bwd(
             for i, (first, states) in enumerate(parts):
                 with _beside(call.device) if apart and turn == 0 else contextlib.nullcontext():
                     _backward_launch(
-                        call, side, first, states, dy, present, dz, y, chunk, _states(dfinal),
+                        call, side, first, states, dy, present, dz, y, chunk, aligned_states(dfinal),
                         parked if both is None else (both[turn], None), parked[0] is not None and turn > 0,
                         both is not None or (parked[0] is not None and turn < launches - 1),
                         None if sums is None else (*sums, i > 0, i < len(parts) - 1), scale, plan,

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from endomamba.ops import _scan_cuda
-from endomamba.ops.frame_blocks import cuda
+from endomamba.ops import _cuda
 from tests.accuracy import assert_as_accurate_as_eager
 from tests.ops.cuda_on_host import needs_compiler
 from tests.ops.test_frame_blocks import ids, make, run
@@ -31,17 +30,16 @@ def whole_grid(whole_host_module, monkeypatch):
 
 
 def runs_here(compiled, monkeypatch):
-    for module in (cuda, _scan_cuda):
-        monkeypatch.setattr(module, "load", lambda: compiled)
-        monkeypatch.setattr(module, "missing", lambda: "")
-    monkeypatch.setattr(cuda, "usable", lambda: True)
-    monkeypatch.setattr(_scan_cuda, "_elsewhere", lambda x: [])
-    monkeypatch.setattr(_scan_cuda, "_capability", lambda device: "9.0")
-    monkeypatch.setattr(_scan_cuda, "_shared_memory", lambda device: 227 * 1024)
-    monkeypatch.setattr(_scan_cuda, "stream", lambda device: 0)
+    monkeypatch.setattr(_cuda, "load", lambda: compiled)
+    monkeypatch.setattr(_cuda, "missing", lambda: "")
+    monkeypatch.setattr(_cuda, "usable", lambda: True)
+    monkeypatch.setattr(_cuda, "elsewhere", lambda x: [])
+    monkeypatch.setattr(_cuda, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(_cuda, "shared_memory", lambda device: 227 * 1024)
+    monkeypatch.setattr(_cuda, "stream", lambda device: 0)
 
     def of(blocks: int, descending: bool = False):
-        monkeypatch.setattr(_scan_cuda, "processors", lambda device: blocks)
+        monkeypatch.setattr(_cuda, "processors", lambda device: blocks)
         compiled.descending(descending)
 
     yield of
@@ -109,6 +107,6 @@ def test_what_it_does_not_take_is_said(grid, row, expected):
 
 def test_too_little_shared_memory_is_said(grid, monkeypatch):
     grid(3)
-    monkeypatch.setattr(_scan_cuda, "_shared_memory", lambda device: 48 * 1024)
+    monkeypatch.setattr(_cuda, "shared_memory", lambda device: 48 * 1024)
     with pytest.raises(NotImplementedError, match="bytes of shared memory, this GPU has 49152"):
         run(*make(SMALL | {"layers": 1}, 1), "cuda")

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from endomamba.ops import _scan_cuda
+from endomamba.ops import _cuda, _scan_cuda
 from endomamba.ops._scan import CHUNK
 from endomamba.ops.bidirectional_scan.op import bidirectional_scan_op
 from endomamba.ops.frame_step import frame_step
@@ -46,12 +46,12 @@ ONE_WAY, TWO_WAY = ("reverse", "reverse-time"), ("scale",)
 @pytest.fixture(params=["walk", "frame"])
 def kernel(request, host_module, monkeypatch):
     """The CUDA back end runs here, on one of its two kernels wherever that can."""
-    monkeypatch.setattr(_scan_cuda, "load", lambda: host_module)
-    monkeypatch.setattr(_scan_cuda, "missing", lambda: "")
-    monkeypatch.setattr(_scan_cuda, "_elsewhere", lambda x: [])
-    monkeypatch.setattr(_scan_cuda, "stream", lambda device: 0)
-    monkeypatch.setattr(_scan_cuda, "processors", lambda device: 7 if request.param == "frame" else 0)
-    monkeypatch.setattr(_scan_cuda, "_shared_memory", lambda device: 99 * 1024)
+    monkeypatch.setattr(_cuda, "load", lambda: host_module)
+    monkeypatch.setattr(_cuda, "missing", lambda: "")
+    monkeypatch.setattr(_cuda, "elsewhere", lambda x: [])
+    monkeypatch.setattr(_cuda, "stream", lambda device: 0)
+    monkeypatch.setattr(_cuda, "processors", lambda device: 7 if request.param == "frame" else 0)
+    monkeypatch.setattr(_cuda, "shared_memory", lambda device: 99 * 1024)
     monkeypatch.setattr(_scan_cuda, "FRAME", _scan_cuda.FRAME | {"least": 1, "warps": 100})
     return request.param
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _scan_cuda
+from .. import _cuda
 from .._native import view
-from .._scan_cuda import neighbours
+from .._scan import lanes
 from .._triton import on_device
 from .native import arguments, forward_direction
 
@@ -16,7 +16,7 @@ WARPS = 16  # of the backward, that a multiprocessor holds: 128 registers a thre
 
 
 def unsupported(x: Tensor, weight: Tensor | None = None, cu_seqlens: Tensor | None = None) -> list[str]:
-    why = _scan_cuda.unsupported(x)
+    why = _cuda.unsupported(x)
     if weight is not None and weight.shape[1] != TAPS:
         why.append(f"{weight.shape[1]} taps, the kernels have {TAPS}")
     if cu_seqlens is not None:
@@ -46,7 +46,7 @@ def _forward(x, sides, silu, frames, reverse=False, initial_state=None, final_st
         if final_state is not None and final_state.numel():
             final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
         return
-    cuda, x = _scan_cuda.load(), neighbours(x)
+    cuda, x = _cuda.load(), lanes(x)
     sides = [(*_contiguous(weight, bias), y) for weight, bias, y in sides]
     (initial_state,) = _contiguous(initial_state)
     args = arguments(x, sides[0][0], None, silu, frames, cuda)
@@ -54,7 +54,7 @@ def _forward(x, sides, silu, frames, reverse=False, initial_state=None, final_st
     for side in sides:
         args.add_direction(forward_direction(*side, cuda))
     with on_device(x):
-        cuda.conv_forward(args, _scan_cuda.stream(x.device))
+        cuda.conv_forward(args, _cuda.stream(x.device))
 
 
 def causal_conv1d_bwd(dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, silu, reverse, frames, dx=None):
@@ -80,8 +80,8 @@ def _backward(x, sides, dx, silu, frames, reverse=False, states=(None, None, Non
         if dstate is not None and dstate.numel():
             dstate.zero_() if dfinal_state is None else dstate.copy_(dfinal_state)
         return [(torch.zeros_like(w), w.new_zeros(0 if bias is None else bias.shape)) for w, bias, _ in sides]
-    cuda, x = _scan_cuda.load(), neighbours(x)
-    sides = [(*_contiguous(weight, bias), neighbours(dy)) for weight, bias, dy in sides]
+    cuda, x = _cuda.load(), lanes(x)
+    sides = [(*_contiguous(weight, bias), lanes(dy)) for weight, bias, dy in sides]
     initial_state, dfinal_state = _contiguous(initial_state, dfinal_state)
     args = arguments(x, sides[0][0], None, silu, frames, cuda)
     args.reverse, args.dx, args.initial_state = reverse, view(dx), view(initial_state)
@@ -90,11 +90,11 @@ def _backward(x, sides, dx, silu, frames, reverse=False, states=(None, None, Non
         dir = cuda.ConvDirection()
         dir.weight, dir.bias, dir.dy = view(weight), view(bias), view(dy)
         args.add_direction(dir)
-    most = max(1, WARPS * _scan_cuda.processors(x.device) // ((d + 63) // 64))
+    most = max(1, WARPS * _cuda.processors(x.device) // ((d + 63) // 64))
     workers = min(cuda.conv_pieces(b, l), most)
     parts = x.new_empty((workers, len(sides), TAPS + 1, d), dtype=torch.float32)
     with on_device(x):
-        cuda.conv_backward(args, workers, parts.data_ptr(), _scan_cuda.stream(x.device))
+        cuda.conv_backward(args, workers, parts.data_ptr(), _cuda.stream(x.device))
     gradients = []
     for (_, bias, _), total in zip(sides, parts.sum(0), strict=True):
         dweight = total[:TAPS].T.clone(memory_format=torch.contiguous_format)

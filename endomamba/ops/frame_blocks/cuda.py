@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _scan_cuda
-from .._extension_cuda import load, missing, usable
+from .. import _cuda
 from .._triton import on_device
 
 LEAST_TOKENS = 3  # what the conv keeps
@@ -21,20 +20,22 @@ def unsupported(residual: Tensor, weights: Sequence[Tensor] = (), *_: object) ->
     why = _kinds(residual, weights)
     if why or not len(weights):
         return why
-    return _limits(residual, weights) if usable() else ["the CUDA extension could not be built, a warning says why"]
+    if not _cuda.usable():
+        return ["the CUDA extension could not be built, a warning says why"]
+    return _limits(residual, weights)
 
 
 def _kinds(residual: Tensor, weights: Sequence[Tensor]) -> list[str]:
     """What can be said without the extension."""
-    why = [missing()] if missing() else []
-    why += _scan_cuda._elsewhere(residual)
+    why = [_cuda.missing()] if _cuda.missing() else []
+    why += _cuda.elsewhere(residual)
     if why or not len(weights):
         return why
     in_proj, conv, A = weights[0], weights[1], weights[6]
     c = in_proj.shape[1]
     if in_proj.dtype not in DTYPES:
         why.append(f"weights must be bfloat16 or float32, they are {in_proj.dtype}")
-    if A.shape[1:] != (2 * c, _scan_cuda.STATES):
+    if A.shape[1:] != (2 * c, _cuda.STATES):
         why.append(
             f"the frame kernel is for 2 c inner channels and 16 states, not {tuple(A.shape[1:])} of {c} channels"
         )
@@ -44,7 +45,7 @@ def _kinds(residual: Tensor, weights: Sequence[Tensor]) -> list[str]:
 
 
 def _limits(residual: Tensor, weights: Sequence[Tensor]) -> list[str]:
-    cuda, blocks, c, sides = load(), len(weights) // WEIGHTS, weights[0].shape[1], weights[6].shape[0]
+    cuda, blocks, c, sides = _cuda.load(), len(weights) // WEIGHTS, weights[0].shape[1], weights[6].shape[0]
     dtype = DTYPES[weights[0].dtype]
     most, shared = cuda.frame_most_tokens(dtype, c), cuda.frame_shared(dtype, c, sides)
     if not most:
@@ -54,12 +55,10 @@ def _limits(residual: Tensor, weights: Sequence[Tensor]) -> list[str]:
         why.append(f"a frame must have {LEAST_TOKENS} to {most} tokens, not {residual.shape[1]}")
     if blocks > cuda.FRAME_BLOCKS:
         why.append(f"there can be {cuda.FRAME_BLOCKS} blocks, not {blocks}")
-    if _scan_cuda._capability(residual.device) < "8.0":
+    if _cuda.capability(residual.device) < (8, 0):
         why.append("the frame kernel needs compute capability 8.0")
-    elif shared > _scan_cuda._shared_memory(residual.device):
-        why.append(
-            f"it needs {shared} bytes of shared memory, this GPU has {_scan_cuda._shared_memory(residual.device)}"
-        )
+    elif shared > _cuda.shared_memory(residual.device):
+        why.append(f"it needs {shared} bytes of shared memory, this GPU has {_cuda.shared_memory(residual.device)}")
     return why
 
 
@@ -71,7 +70,7 @@ def frame_blocks(
     eps: float,
 ) -> None:
     b, l, c = residual.shape
-    cuda, sides, dtype = load(), blocks[0][6].shape[0], DTYPES[blocks[0][0].dtype]
+    cuda, sides, dtype = _cuda.load(), blocks[0][6].shape[0], DTYPES[blocks[0][0].dtype]
     with on_device(residual):
         memory = torch.empty(cuda.frame_memory(dtype, b, l, c, sides), dtype=torch.uint8, device=residual.device)
         memory[:4].zero_()  # the count of the grid's barrier
@@ -79,5 +78,5 @@ def frame_blocks(
         states = [0 if t is None else t.data_ptr() for t in (conv_state, ssm_state)]
         cuda.frame_blocks(
             addresses, dtype, b, l, c, sides, eps, residual.data_ptr(), *states, memory.data_ptr(),
-            _scan_cuda.processors(residual.device), _scan_cuda.stream(residual.device),
+            _cuda.processors(residual.device), _cuda.stream(residual.device),
         )  # fmt: skip

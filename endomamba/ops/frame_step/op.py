@@ -8,8 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import _triton
 from .._backend import Backend, choose, plain_dtypes, register
-from .._scan_cuda import unsupported_mixer as unsupported_cuda
-from ..mixer_inner import compose, native
+from ..mixer_inner import compose, cuda, native
 from ..mixer_inner.compose import Side, Walk
 from ..mixer_inner.op import mixer_flops
 
@@ -26,7 +25,7 @@ BACKENDS = register(
     "frame_step",
     {
         "triton": Backend(partial(composed, "triton"), None, _triton.unsupported),
-        "cuda": Backend(partial(composed, "cuda"), None, unsupported_cuda),
+        "cuda": Backend(partial(composed, "cuda"), None, cuda.unsupported),
         "cpu": Backend(native.step, None, native.unsupported),
         "reference": Backend(partial(composed, "reference"), None, lambda *_: []),
     },

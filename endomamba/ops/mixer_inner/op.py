@@ -12,10 +12,9 @@ from torch.utils.flop_counter import register_flop_formula
 from .. import _triton
 from .._backend import Backend, choose, plain_dtypes, register
 from .._scan import chunk_states_shape, empty, state_dtype
-from .._scan_cuda import unsupported_mixer as unsupported_cuda
 from ..causal_conv1d import op as _conv  # noqa: F401  the composition calls its kernels
 from ..selective_scan.op import direction_backward_flops, direction_flops
-from . import compose, native
+from . import compose, cuda, native
 from .compose import Linear, Side, Walk
 
 TENSORS = 21  # from xz to in_proj_bias; cu_seqlens follows
@@ -23,7 +22,7 @@ BACKENDS = register(
     "mixer_inner",
     {
         "triton": Backend(partial(compose.fwd, "triton"), partial(compose.bwd, "triton"), _triton.unsupported),
-        "cuda": Backend(partial(compose.fwd, "cuda"), partial(compose.bwd, "cuda"), unsupported_cuda),
+        "cuda": Backend(partial(compose.fwd, "cuda"), partial(compose.bwd, "cuda"), cuda.unsupported),
         "auto": Backend(partial(compose.fwd, "auto"), partial(compose.bwd, "auto"), _triton.unsupported),
         "cpu": Backend(native.fwd, partial(compose.bwd, "cpu"), native.unsupported),
         "reference": Backend(partial(compose.fwd, "reference"), partial(compose.bwd, "reference"), lambda *_: []),
