@@ -434,13 +434,13 @@ struct In {
       for (int i = 0; i < kInRows; i += kAtOnce) {
         const int row = i + id / kWords;
         if (row < kInRows)
-          copy_ahead(memory + row * kPitch + 16 * (id % kWords), from + row_of(row) * kC + id % kWords * S::kLane);
+          copy_ahead(memory + row * kPitch + 16 * (id % kWords), at(from, row_of(row) * kC + id % kWords * S::kLane));
       }
     }
     if (id < kInRows) {
       float sum = 0.0f;
 #pragma unroll
-      for (int i = 0; i < S::kTiles; ++i) sum += float_at(f.m.squares + i * f.rows + row_of(id));
+      for (int i = 0; i < S::kTiles; ++i) sum += float_at(at(f.m.squares, i * f.rows + row_of(id)));
       factors[id] = 1.0f / sqrtf(sum * (1.0f / kC) + f.args.eps);
     }
     copied();
@@ -631,7 +631,7 @@ struct XProj {
       const int r = i / (4 * kN), pair = i % (4 * kN);
       const float2 v = Products::sum(r, pair);
       if (row + r < f.rows)
-        put(f.m.proj + (side * f.rows + row + r) * S::kProj + tile % kColumns * 8 * kN + 2 * pair,
+        put(at(f.m.proj, (side * f.rows + row + r) * S::kProj + tile % kColumns * 8 * kN + 2 * pair),
             Pair<T>::of(v.x, v.y));
     }
   }
@@ -827,7 +827,7 @@ struct Scan {
     for (int k = 0; k < kItems; ++k) {
       const int item = id + k * kThreads, t = min(item / (kChannels / 2), f.l - 1);
       const int channel = min(first + 2 * (item % (kChannels / 2)), kD - 2);
-      z[k] = pair_at(f.m.z + (row0 + t) * kD + channel);
+      z[k] = pair_at(at(f.m.z, (row0 + t) * kD + channel));
     }
     // All that this thread turns into steps of the walk, asked for at once: rows of B and C, and for products of 16
     // tokens of one direction the low-rank dt and x.  A warp has strip `warp` of each direction, then what is left.
@@ -898,7 +898,7 @@ struct Scan {
         v.x += other.x, v.y += other.y;
       }
       const float2 gate = z[k].floats();
-      put(f.m.y + (row0 + t) * kD + first + channel,
+      put(at(f.m.y, (row0 + t) * kD + first + channel),
           Pair<T>::of(v.x * (gate.x * sigmoid(gate.x)), v.y * (gate.y * sigmoid(gate.y))));
     }
     if (!kBoth && id < kTaps * kChannels) {
@@ -937,9 +937,7 @@ struct Out {
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       r[k] = make_float2(0.0f, 0.0f);
-      if (mine(f, tile, id, k))
-        r[k] = make_float2(float_at(f.args.residual + place(tile, id, k)),
-                           float_at(f.args.residual + place(tile, id, k) + 1));
+      if (mine(f, tile, id, k)) r[k] = pair_at(at(f.args.residual, place(tile, id, k))).floats();
     }
   }
 
@@ -953,9 +951,9 @@ struct Out {
       if (!mine(f, tile, id, k)) continue;
       const float2 v = Products::sum(id / 16, id % 16 + 16 * k);
       const float2 next = make_float2(r[k].x + v.x, r[k].y + v.y);
-      *reinterpret_cast<float2*>(f.args.residual + place(tile, id, k)) = next;
+      *reinterpret_cast<float2*>(at(f.args.residual, place(tile, id, k))) = next;
       if constexpr (sizeof(T) == 2)
-        put(f.m.copy + row(tile, id) * kC + 2 * place_of(word(tile, id, k)), Pair<T>::of(next.x, next.y));
+        put(at(f.m.copy, row(tile, id) * kC + 2 * place_of(word(tile, id, k))), Pair<T>::of(next.x, next.y));
       sum = fmaf(next.x, next.x, fmaf(next.y, next.y, sum));
     }
 #pragma unroll
