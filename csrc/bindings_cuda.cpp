@@ -50,6 +50,7 @@ PYBIND11_MODULE(_C_cuda, m) {
   m.attr("FRAME_BLOCKS") = cuda::kFrameBlocks;
   m.def("frame_memory", &cuda::frame_memory);
   m.def("frame_most_tokens", &cuda::frame_most_tokens);
+  m.def("frame_rank", &cuda::frame_rank);
   m.def("frame_shared", &cuda::frame_shared);
   // blocks: 9 addresses each, in the order of FrameBlock; states: 0 of two directions
   m.def("frame_blocks", [=](const std::vector<std::array<uintptr_t, 9>>& blocks, int dtype, int b, int l, int c,

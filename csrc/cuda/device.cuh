@@ -276,7 +276,9 @@ __device__ __forceinline__ void multiply(float (&d)[4], const float (&a)[4], flo
   host_multiply(d, a, b0, b1);
 #else
   const unsigned* u = reinterpret_cast<const unsigned*>(a);
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+  // volatile: all lanes are to be here, whoever uses what comes out
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
       "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(u[0]), "r"(u[1]), "r"(u[2]), "r"(u[3]), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));

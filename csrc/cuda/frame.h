@@ -30,6 +30,8 @@ struct FrameArgs {
 int64_t frame_memory(int dtype, int64_t b, int64_t l, int64_t c, int64_t directions);
 // Most tokens of a frame for c channels, 0: not these.  The least is 3, what the conv keeps.
 int frame_most_tokens(int dtype, int64_t c);
+// The dt rank, padded, that the kernel has for c channels.
+int frame_rank(int64_t c);
 // Bytes of shared memory that a block of threads needs; 0: not these channels.
 int64_t frame_shared(int dtype, int64_t c, int64_t directions);
 // grid: blocks of threads, at most as many as the GPU has multiprocessors.

@@ -275,7 +275,9 @@ __device__ __forceinline__ void multiply(float (&d)[4], const Words& a, uint32_t
 #ifdef ENDOMAMBA_HOST
   host_multiply_bf16(d, {a.w[0], a.w[1], a.w[2], a.w[3]}, {b0, b1});
 #else
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  // volatile: all lanes are to be here, whoever uses what comes out
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a.w[0]), "r"(a.w[1]), "r"(a.w[2]), "r"(a.w[3]), "r"(b0), "r"(b1));
@@ -296,9 +298,12 @@ __device__ __forceinline__ void multiply_exactly(float (&d)[4], const Words& a, 
 #pragma unroll
   for (int i = 0; i < 4; ++i) split(a.w[i], high[i], low[i]);
   split(b0, high0, low0), split(b1, high1, low1);
-  cuda::multiply(d, low, high0, high1);
-  cuda::multiply(d, high, low0, low1);
-  cuda::multiply(d, high, high0, high1);
+  float e[4] = {};  // the matrix unit cuts its sums, always towards 0: the long one is added outside of it
+  cuda::multiply(e, low, high0, high1);
+  cuda::multiply(e, high, low0, low1);
+  cuda::multiply(e, high, high0, high1);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) d[i] += e[i];
 }
 
 // The same over 32 terms of bf16, 16 of fp32: of rows g (`upper`) and g + 8 (`lower`) and of column g the lane has 16
@@ -1071,6 +1076,8 @@ int frame_most_tokens(int dtype, int64_t c) {
   });
   return larger(0, static_cast<int>(most));
 }
+
+int frame_rank(int64_t c) { return power_of_2(static_cast<int>((c + 15) / 16)); }
 
 int64_t frame_shared(int dtype, int64_t c, int64_t directions) {
   const int64_t bytes = with_model(dtype, c, [&](auto model) -> int64_t {

@@ -96,8 +96,9 @@ def test_streams_have_the_bits_they_have_alone(grid):
         ({"dtype": "fp16"}, "weights must be bfloat16 or float32, they are torch.float16"),
         ({"w": 3}, "the conv must be 4 wide, not 3"),
         ({"layers": 49, "l": 3}, "there can be 48 blocks, not 49"),
+        ({"r": 20}, "of 96 channels the padded dt rank must be 16, not 32"),
     ],
-    ids=["few", "many", "channels", "fp16", "conv", "blocks"],
+    ids=["few", "many", "channels", "fp16", "conv", "blocks", "rank"],
 )
 def test_what_it_does_not_take_is_said(grid, row, expected):
     grid(3)

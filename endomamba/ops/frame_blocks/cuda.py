@@ -12,6 +12,7 @@ from .._triton import on_device
 
 LEAST_TOKENS = 3  # what the conv keeps
 WEIGHTS = 9  # tensors of a block
+PRODUCTS = (0, 3, 4, 8)  # those of products
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # csrc/cuda/frame.h
 
 
@@ -33,6 +34,11 @@ def _kinds(residual: Tensor, weights: Sequence[Tensor]) -> list[str]:
         return why
     in_proj, conv, A = weights[0], weights[1], weights[6]
     c = in_proj.shape[1]
+    products = {weights[i].dtype for i in range(len(weights)) if i % WEIGHTS in PRODUCTS}
+    if len(products) > 1:
+        why.append(f"all blocks must be of one dtype, they are {', '.join(sorted(map(str, products)))}")
+    if any(t.data_ptr() % 16 or not t.is_contiguous() for t in (residual, *weights)):
+        why.append("the residual and the weights must be contiguous and begin at a multiple of 16 bytes")
     if in_proj.dtype not in DTYPES:
         why.append(f"weights must be bfloat16 or float32, they are {in_proj.dtype}")
     if A.shape[1:] != (2 * c, _cuda.STATES):
@@ -50,7 +56,9 @@ def _limits(residual: Tensor, weights: Sequence[Tensor]) -> list[str]:
     most, shared = cuda.frame_most_tokens(dtype, c), cuda.frame_shared(dtype, c, sides)
     if not most:
         return [f"the frame kernel is for 96, 192, 384 or 576 channels, not {c}"]
-    why = []
+    why, rank = [], weights[4].shape[2]
+    if rank != cuda.frame_rank(c):
+        why.append(f"of {c} channels the padded dt rank must be {cuda.frame_rank(c)}, not {rank}")
     if residual.ndim == 3 and not LEAST_TOKENS <= residual.shape[1] <= most:
         why.append(f"a frame must have {LEAST_TOKENS} to {most} tokens, not {residual.shape[1]}")
     if blocks > cuda.FRAME_BLOCKS:
