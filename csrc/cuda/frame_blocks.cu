@@ -721,8 +721,6 @@ struct Scan {
   OfSide sides[kSides];
   float A[kSides][4], start;
 
-  __device__ __forceinline__ OfSide of_side(int i) const { return sides[i]; }
-
   static __device__ __forceinline__ int groups() { return (kD + kChannels - 1) / kChannels; }
   static __device__ __forceinline__ int tiles(const Frame<T>& f) { return groups() * f.args.b; }
 
@@ -873,8 +871,8 @@ struct Scan {
 #pragma unroll
     for (int i = 0; i < kStrips; ++i) {
       const int side = i < kSides ? i : warp % kSides;
-      OfSide weights = of_side(0);
-      if (kBoth && side) weights = of_side(kSides - 1);
+      OfSide weights = sides[0];
+      if (kBoth && side) weights = sides[kSides - 1];
       if (strip[i].t - g < 16 * strips) strip[i].steps(f, weights, memory, side, t4);
     }
     __syncthreads();
