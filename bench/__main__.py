@@ -18,6 +18,7 @@ COMMANDS = {
     "frame": "bench.frame",
     "report": "bench.report",
     "learns": "bench.learns",
+    "pretrain": "bench.pretrain",
 }
 
 

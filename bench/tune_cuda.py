@@ -1,18 +1,22 @@
-"""Measures where the CUDA C++ scans are faster than the Triton ones; with --write, rewrites their table.
+"""Measures where the CUDA C++ kernels are faster than the Triton ones; with --write, rewrites their table.
 
-    python -m bench.tune_cuda [--write]
+    python -m bench.tune_cuda [scans] [frames] [--write]
 
-Shapes are sequences x tokens of 768 channels in bf16.  Every call is captured in a CUDA graph, so that the host's time
-is in none; the two back ends run interleaved, L2 cold.  A result that differs from Triton's by more than bf16 explains
-stops it.  One frame is also timed 20 times back to back in one graph, as in a stream, with a warm L2.
-All times go to bench/results/h200_cuda_scan.json, their ratios to endomamba/ops/_scan_cuda_table.py.
+Every call is captured in a CUDA graph, so that the host's time is in none; the two back ends run interleaved.  A result
+that differs from Triton's by more than its dtype explains stops it.
+scans: sequences x tokens of 768 channels in bf16, L2 cold.  One frame is also timed 20 times back to back in one graph,
+as in a stream, with a warm L2.
+frames: `frame_blocks`, 12 blocks of a kind, streams x tokens, all sizes of the models; a graph of 4 frames, L2 warm.
+Times go to bench/results/h200_cuda_{scan,frame}.json, their ratios to endomamba/ops/_cuda_table.py.
 """
 
 import argparse
 import json
 import pprint
+import runpy
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,14 +24,18 @@ from types import SimpleNamespace
 import torch
 
 from bench.bench_gpu import Bench, about, make, op, prepared, relative, scan_name
-from endomamba.ops import _extension_cuda, _scan_cuda_table
+from endomamba.ops import _cuda_table, _extension_cuda, frame_blocks, pack_block
+from endomamba.ops.frame_blocks.cuda import case_of
 
-RESULT = Path(__file__).parent / "results" / "h200_cuda_scan.json"
-D, STATES = _scan_cuda_table.CHANNELS, 16
+HERE = Path(__file__).parent / "results"
+RESULTS = {"scans": HERE / "h200_cuda_scan.json", "frames": HERE / "h200_cuda_frame.json"}
+D, STATES = _cuda_table.SCAN_CHANNELS, 16
 SEQUENCES, TOKENS, MOST = (1, 4, 16, 64, 256, 768), (49, 197, 784, 3152), 160_000  # tokens of all sequences
 PHASES = ("forward", "saving", "backward")
 BACKENDS = ("triton", "cuda")
 TOLERANCE = 0.02
+CHANNELS, BLOCKS, REPEAT = (192, 384, 576), 12, 4
+STREAMS = {50: (1, 5, 20), 197: (1, 2, 5, 16)}  # by tokens: of frames of 112 and 224 pixels
 
 
 def shapes() -> list[tuple[int, int]]:
@@ -73,26 +81,89 @@ def back_to_back(bench: Bench) -> dict[str, dict[str, float]]:
     return found
 
 
+def frame_case(c: int, sides: int, dtype: torch.dtype) -> list:
+    """BLOCKS blocks; steps of 0.01 to 0.1, so that a state outlives many tokens."""
+    random = torch.Generator("cuda").manual_seed(0)
+    d, r = 2 * c, c // 16
+
+    def normal(*shape, by=1):
+        return torch.randn(*shape, generator=random, device="cuda") / by**0.5
+
+    def direction():
+        dt_bias = torch.log(torch.expm1(torch.rand(d, generator=random, device="cuda") * 0.09 + 0.01))
+        A = -torch.arange(1.0, STATES + 1, device="cuda").repeat(d, 1)
+        products = normal(r + 2 * STATES, d, by=d).to(dtype), normal(d, r, by=r).to(dtype)
+        return normal(d, 4, by=4), normal(d), *products, dt_bias, A, normal(d)
+
+    return [
+        pack_block(
+            torch.ones(c, device="cuda"),
+            normal(2 * d, c, by=c).to(dtype),
+            [direction() for _ in range(sides)],
+            normal(c, d, by=d).to(dtype),
+        )
+        for _ in range(BLOCKS)
+    ]
+
+
+def frame_call(blocks: list, b: int, l: int, backend: str) -> tuple[Callable, list]:
+    """The call, and the tensors that it changes."""
+    random = torch.Generator("cuda").manual_seed(1)
+    c, d, causal = blocks[0].in_proj.shape[1], blocks[0].A.shape[1], blocks[0].A.shape[0] == 1
+    residual = torch.randn(b, l, c, generator=random, device="cuda")
+    states = [torch.randn(BLOCKS, b, *size, generator=random, device="cuda") for size in ((3, d), (d, STATES))]
+    states = states if causal else [None, None]
+    changed = [t for t in (residual, *states) if t is not None]
+    return partial(frame_blocks, residual, blocks, *states, backend=backend), changed
+
+
+@torch.no_grad()
+def measure_frames(bench: Bench) -> dict[str, dict[int, dict[int, dict[str, float]]]]:
+    """case -> tokens -> streams -> back end -> microseconds."""
+    found = {}
+    for dtype, tolerance in ((torch.bfloat16, 0.05), (torch.float32, 1e-4)):
+        for c in CHANNELS:
+            for sides in (2, 1):
+                blocks = frame_case(c, sides, dtype)
+                case = case_of(blocks[0])
+                for l, b in ((l, b) for l, streams in STREAMS.items() for b in streams):
+                    calls = {backend: frame_call(blocks, b, l, backend) for backend in BACKENDS}
+                    for call, _ in calls.values():
+                        call()
+                    far = max(relative(*pair) for pair in zip(*(changed for _, changed in calls.values()), strict=True))
+                    if not far < tolerance:
+                        raise SystemExit(f"tune_cuda: frame_blocks {case} differs by {far:.1e} from Triton")
+                    took = bench.time({backend: call for backend, (call, _) in calls.items()}, repeat=REPEAT)
+                    row = {backend: round(t["median_us"], 1) for backend, t in took.items()}
+                    found.setdefault(case, {}).setdefault(l, {})[b] = row
+                    print(f"{case:20} {b:4} x {l:4}", *(f"{k} {v:9.1f}" for k, v in row.items()), flush=True)
+    return found
+
+
 def ratios(times: dict) -> dict[str, dict[int, dict[int, float]]]:
     return {
-        phase: {l: {b: round(us["triton"] / us["cuda"], 2) for b, us in row.items()} for l, row in rows.items()}
-        for phase, rows in times.items()
+        case: {l: {b: round(us["triton"] / us["cuda"], 2) for b, us in row.items()} for l, row in rows.items()}
+        for case, rows in times.items()
     }
 
 
-def write_table(found: dict, measured: dict) -> None:
-    path = Path(_scan_cuda_table.__file__)
-    head, rest = path.read_text().split("MEASURED = ", 1)
-    between = rest[rest.index("# phase ->") : rest.index("RATIO = ")]
-    tail = rest[rest.index("\n\n\n") :]
-    table = pprint.pformat(found, width=110, sort_dicts=False).replace("'", '"')
-    path.write_text(f"{head}MEASURED = {json.dumps(measured)}\n{between}RATIO = {table}  # fmt: skip{tail}")
+def write_table(part: str, found: dict, measured: dict) -> None:
+    """Rewrites one part of the table, the other stays."""
+    path = Path(_cuda_table.__file__)
+    text, old = path.read_text(), runpy.run_path(str(path))
+    for name, new in (("MEASURED", measured), ("RATIO", found)):
+        table = pprint.pformat(old[name] | {part: new}, width=110, sort_dicts=False).replace("'", '"')
+        begin = text.index(f"{name} = ")
+        end = text.index("  # fmt: skip", begin)
+        text = text[:begin] + f"{name} = {table}" + text[end:]
+    path.write_text(text)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="rewrite the table")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("parts", nargs="*", choices=[[], *RESULTS], default=[], help="default: both")
+    parser.add_argument("--write", action="store_true", help="rewrite their part of the table")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of the times")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--commit", default="", help="of the tree that runs; else what git says")
     args = parser.parse_args()
@@ -106,18 +177,19 @@ def main():
         commit=args.commit,
     )  # fmt: skip
     bench = Bench(common)
-    meta = about(common) | {"command": "python -m bench.tune_cuda"}
-    frame, times = back_to_back(bench), {}
-    for case, row in frame.items():
-        print(case, *(f"{k} {v:7.2f}" for k, v in row.items()), flush=True)
-    for both in (True, False):
-        times |= measure(bench, both)
-        args.out.write_text(json.dumps({"meta": meta, "back_to_back_us": frame, "median_us": times}, indent=1) + "\n")
-    if args.write:
-        major, minor = torch.cuda.get_device_capability()
-        write_table(
-            ratios(times), {k: meta[k] for k in ("gpu", "driver", "commit")} | {"capability": f"{major}.{minor}"}
-        )
+    major, minor = torch.cuda.get_device_capability()
+    for part in args.parts or RESULTS:
+        meta, more = about(common) | {"command": f"python -m bench.tune_cuda {part}"}, {}
+        if part == "scans":
+            more["back_to_back_us"] = back_to_back(bench)
+            for case, row in more["back_to_back_us"].items():
+                print(case, *(f"{k} {v:7.2f}" for k, v in row.items()), flush=True)
+        times = measure_frames(bench) if part == "frames" else measure(bench, True) | measure(bench, False)
+        text = json.dumps({"meta": meta, **more, "median_us": times}, indent=1)
+        (args.out / RESULTS[part].name).write_text(text + "\n")
+        if args.write:
+            of = {k: meta[k] for k in ("gpu", "driver", "commit")} | {"capability": f"{major}.{minor}"}
+            write_table(part, ratios(times), of)
 
 
 if __name__ == "__main__":

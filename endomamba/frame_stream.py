@@ -28,6 +28,7 @@ from .ops._backend import reasons
 from .preprocess import IMAGENET_MEAN, IMAGENET_STD, normalisation, resize, to_input
 
 POSITIONS = ("processed", "elapsed")
+FUSED = ("triton", "cuda")  # back ends of frame_blocks that are fused kernels
 PACKED_ROWS = 1000  # patches of all streams: from there on the products of a library are faster than the fused kernels
 WARM_UP = 3  # frames before a capture: kernels are compiled, libraries choose theirs
 
@@ -119,11 +120,20 @@ class FrameStream:
         return None if why else weights
 
     def _speaks_against(self, weights: FrameWeights) -> list[str]:
+        """Why no fused kernels can run the blocks; empty: those of one back end can."""
+        config = self.model.config
+        if config.backend not in ("auto", *FUSED):
+            return [f"the model was made with backend={config.backend!r}"]
         kinds = [blocks[0] for blocks in (weights.spatial, weights.temporal) if blocks]
-        found = [reasons("frame_blocks", "triton", self._state.ssm, kind) for kind in kinds]
-        if self.model.config.backend not in ("auto", "triton"):
-            found.append([f"the model was made with backend={self.model.config.backend!r}"])
-        return list(dict.fromkeys(reason for some in found for reason in some))
+        tokens = math.prod(config.grid) + config.with_cls_token
+        residual = torch.empty((self.batch_size, tokens, config.embed_dim), dtype=torch.float32, device=self.device)
+        found = []
+        for name in FUSED if config.backend == "auto" else (config.backend,):
+            why = list(dict.fromkeys(r for kind in kinds for r in reasons("frame_blocks", name, residual, kind)))
+            if not why:
+                return []
+            found += [f"{name}: {reason}" for reason in why]
+        return found
 
     # ---- frames in, answers out
 

@@ -8,68 +8,79 @@ from pathlib import Path
 import pytest
 import torch
 
+from endomamba.models import create_model
 from endomamba.ops import _cuda, _extension_cuda
-from endomamba.ops import _scan_cuda_table as table
+from endomamba.ops import _cuda_table as table
 from endomamba.ops._backend import TABLES, choose
+from endomamba.ops.frame_blocks import cuda as frame_cuda
 from endomamba.ops.mixer_inner import compose
 from tests.ops import test_mixer_inner as mixer
 
 ROWS = {"causal forward": {49: {1: 2.0, 16: 1.5, 64: 1.01}, 197: {1: 3.0, 16: 1.2, 64: 1.4}}}
+FRAMES = {"both ways bf16 384": {50: {1: 1.2, 5: 1.2}, 197: {1: 1.2, 5: 1.02}}}
 
 
 @pytest.fixture
 def rows(monkeypatch):
-    monkeypatch.setattr(table, "RATIO", ROWS)
+    monkeypatch.setattr(table, "RATIO", {"scans": ROWS, "frames": FRAMES})
     table.faster.cache_clear()
     yield
     table.faster.cache_clear()
 
 
 @pytest.mark.parametrize(
-    "b, l, d, faster",
+    "b, l, faster",
     [
-        (1, 49, 768, True), (7, 49, 768, True), (7, 100, 768, True), (16, 197, 768, True), (40, 197, 768, True),
-        (64, 49, 768, False), (40, 49, 768, False), (40, 100, 768, False),  # a corner is not
-        (65, 197, 768, False), (1, 48, 768, False), (1, 198, 768, False), (0, 49, 768, False),  # outside
-        (1, 49, 384, False),
+        (1, 49, True), (7, 49, True), (7, 100, True), (16, 197, True), (40, 197, True),
+        (64, 49, False), (40, 49, False), (40, 100, False),  # a corner is not
+        (65, 197, False), (1, 48, False), (1, 198, False), (0, 49, False),  # outside
     ],
 )  # fmt: skip
-def test_every_corner_has_a_say(rows, b, l, d, faster):
-    assert table.faster("causal forward", b, l, d) is faster
-    assert not table.faster("causal backward", b, l, d)
+def test_every_corner_has_a_say(rows, b, l, faster):
+    assert table.faster("scans", "causal forward", b, l, (9, 0)) is faster
+    assert not table.faster("scans", "causal backward", b, l, (9, 0))
+    assert not table.faster("frames", "causal forward", b, l, (9, 0))
+    assert not table.faster("scans", "causal forward", b, l, (10, 0))
 
 
-def test_the_table_is_of_the_results():
+def numbered(times):
+    """A file of times, its tokens and sequences numbers again."""
+    return {
+        case: {int(l): {int(b): us for b, us in row.items()} for l, row in lengths.items()}
+        for case, lengths in times.items()
+    }
+
+
+@pytest.mark.parametrize("part", ["scans", "frames"])
+def test_the_table_is_of_the_results(part):
     """What is written in the table follows from the file of times."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     from bench import tune_cuda
 
-    data = json.loads((Path(tune_cuda.__file__).parent / "results" / "h200_cuda_scan.json").read_text())
-    times = {
-        phase: {int(l): {int(b): us for b, us in row.items()} for l, row in lengths.items()}
-        for phase, lengths in data["median_us"].items()
-    }
-    assert tune_cuda.ratios(times) == table.RATIO
-    assert {k: table.MEASURED[k] for k in ("gpu", "driver", "commit")} == {
+    data = json.loads(tune_cuda.RESULTS[part].read_text())
+    assert tune_cuda.ratios(numbered(data["median_us"])) == table.RATIO[part]
+    assert {k: table.MEASURED[part][k] for k in ("gpu", "driver", "commit")} == {
         k: data["meta"][k] for k in ("gpu", "driver", "commit")
     }
-    assert any(ratio < table.LEAST for rows in table.RATIO.values() for row in rows.values() for ratio in row.values())
+    found = [ratio for rows in table.RATIO[part].values() for row in rows.values() for ratio in row.values()]
+    assert min(found) < table.LEAST < max(found)
 
 
-def test_the_tool_rewrites_the_table(tmp_path, monkeypatch):
+def test_the_tool_rewrites_its_part_of_the_table(tmp_path, monkeypatch):
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     from bench import tune_cuda
 
     copy = tmp_path / "table.py"
     copy.write_text(Path(table.__file__).read_text())
-    monkeypatch.setattr(tune_cuda._scan_cuda_table, "__file__", str(copy))
+    monkeypatch.setattr(tune_cuda._cuda_table, "__file__", str(copy))
     measured = {"gpu": "a GPU", "driver": "1", "commit": "abc", "capability": "8.0"}
-    tune_cuda.write_table(ROWS, measured)
+    tune_cuda.write_table("scans", ROWS, measured)
     new = runpy.run_path(str(copy))
-    assert (new["RATIO"], new["MEASURED"]) == (ROWS, measured)
-    assert new["faster"]("causal forward", 1, 49, 768)
+    assert (new["RATIO"]["scans"], new["MEASURED"]["scans"]) == (ROWS, measured)
+    assert (new["RATIO"]["frames"], new["MEASURED"]["frames"]) == (table.RATIO["frames"], table.MEASURED["frames"])
+    assert new["faster"]("scans", "causal forward", 1, 49, (8, 0))
 
 
 @pytest.fixture
@@ -81,7 +92,7 @@ def gpu(rows, monkeypatch):
     monkeypatch.setattr(_cuda, "missing", lambda: "")
     monkeypatch.setattr(_cuda, "usable", lambda: True)
     monkeypatch.setattr(_cuda, "capability", lambda device: (9, 0))
-    for op in ("selective_scan", "bidirectional_scan", "mixer_inner"):
+    for op in ("selective_scan", "bidirectional_scan", "mixer_inner", "frame_blocks"):
         row = TABLES[op]["triton"]
         monkeypatch.setitem(TABLES[op], "triton", type(row)(row.fwd, row.bwd, lambda *_: []))
 
@@ -101,6 +112,31 @@ def test_auto_takes_cuda_where_the_table_has_it(gpu):
     assert chosen(1, 197, 768, phase="") == "triton"  # plan="invariant", or frames
     assert chosen(1, 197, 768, dtype=torch.float32) == "triton"
     assert chosen(1, 197, 768, cu_seqlens=torch.empty(2, device="meta")) == "triton"
+
+
+def chosen_frame(b, l, c=384, sides=2, dtype=torch.bfloat16, phase="forward") -> str:
+    residual, d = torch.empty(b, l, c, device="meta"), 2 * c
+    weights = [torch.empty(shape, device="meta", dtype=dtype) for shape in ((2 * d, c), (sides, 5, d))]
+    weights += [torch.empty(1, device="meta")] * 4 + [torch.empty(sides, d, 16, device="meta")]
+    row = choose("frame_blocks", "auto", residual, weights, phase=phase)
+    return next(name for name, own in TABLES["frame_blocks"].items() if own is row)
+
+
+def test_auto_takes_the_frame_kernel_where_the_table_has_it(gpu, monkeypatch):
+    monkeypatch.setattr(frame_cuda, "unsupported", lambda *_: [])
+    assert chosen_frame(1, 197) == chosen_frame(1, 100) == chosen_frame(3, 50) == "cuda"
+    assert chosen_frame(2, 197) == "triton"  # a corner is not
+    for other in ({"c": 192}, {"sides": 1}, {"dtype": torch.float32}, {"dtype": torch.float16}, {"phase": ""}):
+        assert chosen_frame(1, 197, **other) == "triton"
+    monkeypatch.setattr(frame_cuda, "unsupported", lambda *_: ["too little shared memory"])
+    assert chosen_frame(1, 197) == "triton"
+
+
+def test_a_model_made_for_cuda_takes_what_has_no_such_kernel_from_auto():
+    model = create_model("endomamba", img_size=16, embed_dim=16, depth=2, backend="cuda")
+    assert model.norm_f.backend == "auto" and model.layers[0].mixer.backend == "cuda"
+    model = create_model("endomamba", img_size=16, embed_dim=16, depth=2, backend="triton")
+    assert model.norm_f.backend == "triton"
 
 
 def test_auto_takes_triton_on_another_gpu_and_where_nothing_can_be_built(gpu, monkeypatch):

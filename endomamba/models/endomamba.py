@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import BlockWeights, frame_blocks, frame_embed, pack_block
+from ..ops._backend import named_or_auto
 from ..ops.frame_embed import temporal_positions
 from ._registry import register_model
 from .config import EndoMambaConfig
@@ -258,7 +259,7 @@ class EndoMamba(nn.Module):
             cls_token=self.cls_token.flatten() if self.config.with_cls_token else None,
             normalisation=normalisation,
             out_dtype=self.pos_embed.dtype if patch is None else self._state_dtype(),
-            backend=self.config.backend,
+            backend=named_or_auto("frame_embed", self.config.backend),
         )
         return self.pos_drop(tokens.unsqueeze(1))
 

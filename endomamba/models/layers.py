@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import add_rms_norm
+from ..ops._backend import named_or_auto
 from .config import MambaConfig
 from .mixer import BidirectionalMixer, CausalMixer
 from .precision import KeepsFp32
@@ -87,7 +88,7 @@ class RMSNorm(KeepsFp32):
     def __init__(self, channels: int, backend: str):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
-        self.backend = backend
+        self.backend = named_or_auto("add_rms_norm", backend)
 
     def forward(
         self, hidden: Tensor, residual: Tensor | None, row_scale: Tensor | None = None

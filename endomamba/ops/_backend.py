@@ -85,6 +85,11 @@ def measured_phase(phase: str, frames: int, plan: str) -> str:
     return "" if frames or plan == "invariant" else phase
 
 
+def named_or_auto(op: str, backend: str) -> str:
+    """What a model made for `backend` asks of `op`: "auto" where it has no such row, as the norm has none in CUDA."""
+    return backend if backend in TABLES[op] else "auto"
+
+
 def check_backend(op: str, backend: str) -> None:
     if backend != "auto" and backend not in NAMES:
         raise ValueError(f"{op}: backend must be 'auto' or one of {', '.join(NAMES)}, got {backend!r}")

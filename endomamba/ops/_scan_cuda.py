@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _cuda
-from . import _scan_cuda_table as table
+from . import _cuda_table as table
 from ._scan import Direction, aligned_states, laid_out, lanes
 from ._scan_native import backward_arguments, forward_arguments
 from ._triton import on_device
@@ -41,7 +41,7 @@ def unsupported_both(
 
 
 def faster(phase: str, *tensors: Tensor | None) -> bool:
-    """Whether selective_scan's tensors can run here and were measured faster; see `_scan_cuda_table`."""
+    """Whether selective_scan's tensors can run here and were measured faster; see `_cuda_table`."""
     return _measured(f"causal {phase}", tensors[0]) and not unsupported_scan(*tensors) and _cuda.usable()
 
 
@@ -49,10 +49,10 @@ def faster_both(phase: str, *tensors: Tensor | None) -> bool:
     return _measured(f"both ways {phase}", tensors[0]) and not unsupported_both(*tensors) and _cuda.usable()
 
 
-def _measured(phase: str, x: Tensor) -> bool:
-    if not _cuda.on_gpu(x) or x.dtype != torch.bfloat16 or x.ndim != 3:
+def _measured(case: str, x: Tensor) -> bool:
+    if not _cuda.on_gpu(x) or x.dtype != torch.bfloat16 or x.ndim != 3 or x.shape[2] != table.SCAN_CHANNELS:
         return False
-    return table.faster(phase, *x.shape) and "{}.{}".format(*_cuda.capability(x.device)) == table.MEASURED["capability"]
+    return table.faster("scans", case, x.shape[0], x.shape[1], _cuda.capability(x.device))
 
 
 def unsupported_operands(A: Tensor | None, B: Tensor | None, C: Tensor | None, side: str = "") -> list[str]:

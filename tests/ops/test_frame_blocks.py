@@ -59,6 +59,11 @@ def make(row, sides, seed=0):
     return random.randn(b, l, c), blocks, *states
 
 
+def sized(row, backend):
+    """The row, of channels that the CUDA kernel takes where it is that one's turn."""
+    return {"c": 96, "d": 192, "r": 6} | row if backend == "cuda" else row
+
+
 def run(residual, blocks, conv_state, ssm_state, backend, dtype=None):
     """-> residual and states afterwards, in copies; in another dtype if asked."""
     cast = lambda t: None if t is None else t.to(dtype or t.dtype, copy=True)  # noqa: E731
@@ -77,7 +82,7 @@ needs_triton = pytest.mark.skipif(not INTERPRET and DEVICE == "cpu", reason="nee
 @pytest.mark.parametrize("sides", [2, 1], ids=["both", "causal"])
 @pytest.mark.parametrize("row", on.few(ROWS if DEVICE == "cpu" else ON_GPU, ROWS[0], ROWS[2], on_gpu=ON_GPU), ids=ids)
 def test_against_the_ops_it_fuses(row, sides, backend):
-    values = make(row, sides)
+    values = make(sized(row, backend), sides)
     got, eager, truth = (run(*values, name, dtype) for name, dtype in
                          ((backend, None), ("reference", None), ("reference", torch.float64)))  # fmt: skip
     for name, one, other, exact in zip(("residual", "conv state", "ssm state"), got, eager, truth, strict=False):
@@ -88,7 +93,7 @@ def test_against_the_ops_it_fuses(row, sides, backend):
 @on.backends("frame_blocks")
 def test_the_state_matters(backend):
     """What this file says of states is worth something: without it the residual moves by far more than the bounds."""
-    residual, blocks, conv_state, ssm_state = make({"layers": 1}, 1)
+    residual, blocks, conv_state, ssm_state = make(sized({"layers": 1}, backend), 1)
     with_state = run(residual, blocks, conv_state, ssm_state, backend)[0]
     for states in ((conv_state * 0, ssm_state), (conv_state, ssm_state * 0)):
         assert (run(residual, blocks, *states, backend)[0] - with_state).abs().max() > 1e-2
@@ -96,7 +101,7 @@ def test_the_state_matters(backend):
 
 @on.compiled("frame_blocks")
 def test_a_frame_in_two_parts_goes_on_where_the_first_ended(backend):
-    residual, blocks, conv_state, ssm_state = make({"l": 11, "layers": 1}, 1)
+    residual, blocks, conv_state, ssm_state = make(sized({"l": 11, "layers": 1}, backend), 1)
     whole = run(residual, blocks, conv_state, ssm_state, backend)
     first = run(residual[:, :4].contiguous(), blocks, conv_state, ssm_state, backend)
     second = run(residual[:, 4:].contiguous(), blocks, *first[1:], backend)
@@ -108,14 +113,14 @@ def test_a_frame_in_two_parts_goes_on_where_the_first_ended(backend):
 @on.compiled("frame_blocks")
 @pytest.mark.parametrize("sides", [2, 1], ids=["both", "causal"])
 def test_streams_have_the_bits_they_have_alone(sides, backend):
-    residual, blocks, *states = make({"b": 2, "layers": 1}, sides)
+    residual, blocks, *states = make(sized({"b": 2, "layers": 1}, backend), sides)
     together = run(residual, blocks, *states, backend)
     for i in range(2):
         alone = [None if t is None else t[:, i : i + 1].contiguous() for t in states]
         one = run(residual[i : i + 1].contiguous(), blocks, *alone, backend)
         pairs = [(one[0][0], together[0][i]), *((a[:, 0], t[:, i]) for a, t in zip(one[1:], together[1:], strict=True))]
         for got, expected in pairs:
-            if INTERPRET:  # numpy's products look at where a row lies
+            if INTERPRET or DEVICE == "cpu":  # products of numpy and of MKL, on an AMD, look at where a row lies
                 torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
             else:
                 assert torch.equal(got, expected)
@@ -123,7 +128,7 @@ def test_streams_have_the_bits_they_have_alone(sides, backend):
 
 @on.compiled("frame_blocks")
 def test_what_is_not_finite_stays_in_its_stream(backend):
-    residual, blocks, *states = make({"b": 2, "layers": 1}, 1)
+    residual, blocks, *states = make(sized({"b": 2, "layers": 1}, backend), 1)
     clean = run(residual, blocks, *states, backend)
     residual[0, 3, 1] = float("nan")
     spoilt = run(residual, blocks, *states, backend)

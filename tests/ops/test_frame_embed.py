@@ -145,6 +145,8 @@ def test_the_only_rounding_after_the_sums_is_the_last(dtype, backend):
 def test_imagenets_normalisation_to_1e_6(backend):
     from endomamba.preprocess import IMAGENET_MEAN, IMAGENET_STD, normalisation
 
+    if backend == "reference" and DEVICE == "cuda":
+        pytest.skip("its convolution is cuDNN's, in tf32")
     scale, shift = (t.to(DEVICE) for t in normalisation(IMAGENET_MEAN, IMAGENET_STD))
     values = make({"p": 16, "grid": (2, 2)}) | {"normalisation": (scale, shift)}
     got = frame_embed(**values, backend=backend)

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _cuda
+from .. import _cuda, _cuda_table
 from .._triton import on_device
 
 LEAST_TOKENS = 3  # what the conv keeps
 WEIGHTS = 9  # tensors of a block
 PRODUCTS = (0, 3, 4, 8)  # those of products
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # csrc/cuda/frame.h
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 def unsupported(residual: Tensor, weights: Sequence[Tensor] = (), *_: object) -> list[str]:
@@ -52,8 +53,8 @@ def _kinds(residual: Tensor, weights: Sequence[Tensor]) -> list[str]:
 
 def _limits(residual: Tensor, weights: Sequence[Tensor]) -> list[str]:
     cuda, blocks, c, sides = _cuda.load(), len(weights) // WEIGHTS, weights[0].shape[1], weights[6].shape[0]
-    dtype = DTYPES[weights[0].dtype]
-    most, shared = cuda.frame_most_tokens(dtype, c), cuda.frame_shared(dtype, c, sides)
+    dtype, capability = DTYPES[weights[0].dtype], _cuda.capability(residual.device)
+    most, shared = cuda.frame_most_tokens(dtype, c), cuda.frame_shared(dtype, c, sides, capability[0])
     if not most:
         return [f"the frame kernel is for 96, 192, 384 or 576 channels, not {c}"]
     why, rank = [], weights[4].shape[2]
@@ -63,11 +64,27 @@ def _limits(residual: Tensor, weights: Sequence[Tensor]) -> list[str]:
         why.append(f"a frame must have {LEAST_TOKENS} to {most} tokens, not {residual.shape[1]}")
     if blocks > cuda.FRAME_BLOCKS:
         why.append(f"there can be {cuda.FRAME_BLOCKS} blocks, not {blocks}")
-    if _cuda.capability(residual.device) < (8, 0):
+    if capability < (8, 0):
         why.append("the frame kernel needs compute capability 8.0")
     elif shared > _cuda.shared_memory(residual.device):
         why.append(f"it needs {shared} bytes of shared memory, this GPU has {_cuda.shared_memory(residual.device)}")
     return why
+
+
+def faster(_: str, residual: Tensor, weights: Sequence[Tensor] = ()) -> bool:
+    """Whether it can run these and was measured faster than Triton's kernels; see `_cuda_table`."""
+    if not len(weights) or not _cuda.on_gpu(residual) or weights[0].dtype not in NAMES:
+        return False
+    case, (b, l) = case_of(weights), residual.shape[:2]
+    return _cuda_table.faster("frames", case, b, l, _cuda.capability(residual.device)) and not unsupported(
+        residual, weights
+    )
+
+
+def case_of(weights: Sequence[Tensor]) -> str:
+    """The key of `_cuda_table.RATIO["frames"]`."""
+    in_proj, A = weights[0], weights[6]
+    return f"{'both ways' if A.shape[0] == 2 else 'causal'} {NAMES[in_proj.dtype]} {in_proj.shape[1]}"
 
 
 def frame_blocks(

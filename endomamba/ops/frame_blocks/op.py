@@ -45,7 +45,7 @@ register(
     "frame_blocks",
     {
         "triton": Backend(lazy("endomamba.ops.frame_blocks", "triton_fwd", "frame_blocks"), None, _by_kernels),
-        "cuda": Backend(cuda.frame_blocks, None, cuda.unsupported),
+        "cuda": Backend(cuda.frame_blocks, None, cuda.unsupported, cuda.faster),
         "cpu": _by("cpu", _native.unsupported),
         "reference": _by("reference", lambda _: []),
     },
@@ -61,7 +61,7 @@ def frame_blocks_op(
     eps: float,
     backend: str,
 ) -> None:
-    run = choose("frame_blocks", backend, residual, weights).fwd
+    run = choose("frame_blocks", backend, residual, weights, phase="forward").fwd
     run(
         residual, [tuple(weights[i : i + WEIGHTS]) for i in range(0, len(weights), WEIGHTS)], conv_state, ssm_state, eps
     )

@@ -1,0 +1,48 @@
+"""Where the CUDA C++ kernels were measured faster than the Triton ones: what "auto" takes on a GPU.
+
+MEASURED and RATIO are written by `python -m bench.tune_cuda --write`, which keeps the times in
+bench/results/h200_cuda_scan.json and h200_cuda_frame.json.  Triton's is what was not measured: another GPU, scans of
+another dtype than bf16 or other channels, and shapes outside of the measured ones.
+"""
+
+from __future__ import annotations
+
+import functools
+from bisect import bisect_left
+
+# Time of Triton over time of CUDA must be at least this, in the nearest shapes on every side.
+LEAST = 1.03
+SCAN_CHANNELS = 768
+MEASURED = {"scans": {"gpu": "NVIDIA H200", "driver": "580.159.04", "commit": "075d76b", "capability": "9.0"},
+ "frames": {"gpu": "NVIDIA H200", "driver": "580.159.04", "commit": "075d76b", "capability": "9.0"}}  # fmt: skip
+# part -> case -> tokens -> sequences or streams -> time of Triton / time of CUDA; "saving" is a forward that a backward
+# will follow
+RATIO = {"scans": {"both ways forward": {49: {1: 1.88, 4: 1.0, 16: 1.24, 64: 1.21, 256: 1.07, 768: 1.04},
+                                 197: {1: 2.48, 4: 0.9, 16: 1.06, 64: 1.12}},
+           "both ways saving": {49: {1: 1.13, 4: 1.15, 16: 1.24, 64: 1.21, 256: 1.02, 768: 0.98},
+                                197: {1: 0.71, 4: 0.73, 16: 1.08, 64: 1.14}},
+           "both ways backward": {49: {1: 0.45, 4: 0.46, 16: 0.58, 64: 0.94, 256: 0.73, 768: 0.75},
+                                  197: {1: 0.43, 4: 0.45, 16: 0.64}},
+           "causal forward": {197: {1: 3.18}}},
+ "frames": {}}  # fmt: skip
+
+
+def around(measured: list[int], value: int) -> list[int]:
+    """The nearest ones on both sides, or the one that it is; none for what lies outside."""
+    at = bisect_left(measured, value)
+    if at < len(measured) and measured[at] == value:
+        return [measured[at]]
+    return measured[at - 1 : at + 1] if 0 < at < len(measured) else []
+
+
+@functools.cache
+def faster(part: str, case: str, b: int, l: int, capability: tuple[int, int]) -> bool:
+    """Whether CUDA is, for b sequences or streams of l tokens: all corners of their cell in RATIO say so.
+
+    part, case: keys of RATIO.
+    """
+    if "{}.{}".format(*capability) != MEASURED[part]["capability"]:
+        return False
+    rows = RATIO[part].get(case, {})
+    corners = [(row := rows[length], around(sorted(row), b)) for length in around(sorted(rows), l)]
+    return bool(corners) and all(found and min(row[s] for s in found) >= LEAST for row, found in corners)
