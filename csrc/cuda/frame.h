@@ -32,9 +32,8 @@ int64_t frame_memory(int dtype, int64_t b, int64_t l, int64_t c, int64_t directi
 int frame_most_tokens(int dtype, int64_t c);
 // The dt rank, padded, that the kernel has for c channels.
 int frame_rank(int64_t c);
-// Bytes of shared memory that a block of threads needs on a GPU of this compute capability (its first number); 0: not
-// these channels.
-int64_t frame_shared(int dtype, int64_t c, int64_t directions, int major);
+// Bytes of shared memory that a block of threads needs; 0: not these channels.
+int64_t frame_shared(int dtype, int64_t c, int64_t directions);
 // grid: blocks of threads, at most as many as the GPU has multiprocessors.
 void frame_blocks(const FrameArgs& args, int grid, void* stream);
 

@@ -2,8 +2,8 @@
 // block.
 //
 // At one stream a frame is a chain of dependent steps of 1 to 2 us each, where the start of a kernel costs as much as
-// its work.  Here a step ends with a barrier of the whole grid, and what the next one needs of the weights was copied
-// to shared memory while the step before worked, or is on its way to registers while the barrier is waited for.
+// its work.  Here a step ends with a barrier of the whole grid, and what the next one needs of the weights is on its
+// way while the barrier is waited for.
 //
 // Grid: a block of 12 warps on each multiprocessor, launched cooperatively.  Each step is cut in tiles, tile i belongs
 //   to block i of the grid, then i + grid, ...; who owns what depends on the sizes alone, so results do not depend on
@@ -350,87 +350,6 @@ __device__ __forceinline__ int block_of_grid() {
 #endif
 }
 
-// ---- weights that come while another step works ---------------------------------------------------------------------
-
-// Where a block may have 227 KiB of shared memory and copies run by themselves.
-constexpr bool copies_on(int major) { return major == 9 || major == 10; }
-#ifdef ENDOMAMBA_HOST
-constexpr bool kCopies = true;
-#elif defined(__CUDA_ARCH__)
-constexpr bool kCopies = copies_on(__CUDA_ARCH__ / 100);
-#else
-constexpr bool kCopies = false;  // of code that no GPU sees
-#endif
-
-// What has come: a barrier in shared memory that counts bytes, with a phase for each time.
-struct alignas(8) Coming {
-  uint64_t state;
-
-  static __device__ __forceinline__ unsigned place(const void* p) {
-#ifdef ENDOMAMBA_HOST
-    return 0;
-#else
-    return static_cast<unsigned>(__cvta_generic_to_shared(p));
-#endif
-  }
-  __device__ __forceinline__ void begin() {
-#if !defined(ENDOMAMBA_HOST) && __CUDA_ARCH__ >= 900
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(place(this)) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
-  }
-  __device__ __forceinline__ void expect(int bytes) {
-#if !defined(ENDOMAMBA_HOST) && __CUDA_ARCH__ >= 900
-    // what is written over was read and written by loads and stores of the block
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(place(this)), "r"(bytes) : "memory");
-#endif
-  }
-  __device__ __forceinline__ void copy(void* to, const void* from, int bytes) {
-#ifdef ENDOMAMBA_HOST
-    std::memcpy(to, from, bytes);
-#elif __CUDA_ARCH__ >= 900
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(place(to)),
-        "l"(from), "r"(bytes), "r"(place(this))
-        : "memory");
-#endif
-  }
-  // turn: how often it was waited for before
-  __device__ __forceinline__ void wait(int turn) const {
-#if !defined(ENDOMAMBA_HOST) && __CUDA_ARCH__ >= 900
-    asm volatile(
-        "{ .reg .pred there; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 there, [%0], %1; @!there bra AGAIN; }" ::
-            "r"(place(this)),
-        "r"(turn & 1)
-        : "memory");
-#endif
-  }
-};
-
-// Rows of weights, copied by hardware while another step works: at the first tile of a step they are there.  Every
-// weight comes as often as there are tiles of rows, and together that is more than L2 gives in the time between two
-// steps; threads that load would wait for it.
-template <class T, int kRowsOf, int kTerms>
-struct Staged {
-  static constexpr int kRow = kTerms * static_cast<int>(sizeof(T));
-  static constexpr int kPitch = up(kRow + 64, 128) - 64, kBytes = kRowsOf * kPitch;  // 2 rows of 64: different banks
-
-  // By one warp, where nobody uses `to` any more.
-  static __device__ __forceinline__ void ask(const T* from, char* to, Coming& coming) {
-    const int lane = thread() - (kThreads - 32);
-    if (lane < 0) return;
-    if (lane == 0) coming.expect(kRowsOf * kRow);
-    __syncwarp();
-    for (int row = lane; row < kRowsOf; row += 32) coming.copy(to + row * kPitch, at(from, row * kTerms), kRow);
-  }
-
-  // of a row, the lane's 16 bytes of group j
-  static __device__ __forceinline__ Words take(const char* memory, int row, int j) {
-    return *reinterpret_cast<const Words*>(memory + row * kPitch + 64 * j + thread() % 4 * 16);
-  }
-};
-
 // ---- begin: r in bf16 and its sums of squares, for the first block -------------------------------------------------
 
 template <class T, int kC>
@@ -469,20 +388,6 @@ struct In {
     return S::kGroups % 2 == 0 || 2 * j + half < S::kGroups;
   }
 
-  using Rows = Staged<T, kInColumns, kC>;
-
-  static __device__ __forceinline__ void ask(const FrameBlock& p, int tile, char* to, Coming& coming) {
-    Rows::ask(at(static_cast<const T*>(p.in_proj), tile % columns() * kInColumns * kC), to, coming);
-  }
-  __device__ __forceinline__ void take(const char* memory) {
-    const int id = thread(), lane = id % 32, warp = id / 32, half = warp / 6;
-#pragma unroll
-    for (int n = 0; n < 2; ++n)
-#pragma unroll
-      for (int j = 0; j < kHalf; ++j)
-        w[n][j] = there(j, half) ? Rows::take(memory, warp % 6 * 16 + 8 * n + lane / 4, 2 * j + half) : Words{};
-  }
-
   Words w[2][kHalf];
   float taps[kSides][2][kTaps + 1], bias[kSides][2];
 
@@ -500,9 +405,6 @@ struct In {
 #pragma unroll
       for (int j = 0; j < kHalf; ++j) w[n][j] = there(j, half) ? weights_at(row + 2 * S::kGroup * j) : Words{};
     }
-  }
-  __device__ __forceinline__ void rest(const FrameBlock& p, int tile) {
-    const int id = thread(), first = tile % columns() * kInColumns;
     const int channel = first % kD + 2 * (id % kPairs);
     const float *const filter = at(p.conv, 4 * channel), *const constant = at(p.conv_bias, channel);
 #pragma unroll
@@ -668,17 +570,6 @@ struct Shared {
         w[n][j] = there(j, warp) ? weights_at(row + 8 * n * kD + kGroup * j * kWarps) : Words{};
   }
 
-  using Rows = Staged<T, 8 * kN, kD>;
-
-  __device__ __forceinline__ void take(const char* memory) {
-    const int id = thread(), lane = id % 32, warp = id / 32;
-#pragma unroll
-    for (int n = 0; n < kN; ++n)
-#pragma unroll
-      for (int j = 0; j < kShare; ++j)
-        w[n][j] = there(j, warp) ? Rows::take(memory, 8 * n + lane / 4, j * kWarps + warp) : Words{};
-  }
-
   // Leaves 12 parts in shared memory, behind a barrier; row i of a is that of `row + i`, at most `last`.
   __device__ __forceinline__ void run(const T* a, int row, int last) const {
     const int id = thread(), lane = id % 32, warp = id / 32, g = lane / 4, t4 = lane % 4;
@@ -736,14 +627,6 @@ struct XProj {
     const int side = tile / kColumns % kSides;
     products.fetch(static_cast<const T*>(p.x_proj) + side * S::kProj * S::kD, tile % kColumns * 8 * kN);
   }
-
-  static __device__ __forceinline__ void ask(const FrameBlock& p, int tile, char* to, Coming& coming) {
-    const int side = tile / kColumns % kSides;
-    Products::Rows::ask(at(static_cast<const T*>(p.x_proj), (side * S::kProj + tile % kColumns * 8 * kN) * S::kD), to,
-                        coming);
-  }
-  __device__ __forceinline__ void take(const char* memory) { products.take(memory); }
-  __device__ __forceinline__ void rest(const FrameBlock&, int) {}
 
   __device__ __forceinline__ void run(const Frame<T>& f, int tile) const {
     const int side = tile / kColumns % kSides, row = tile / kColumns / kSides * kRows;
@@ -1052,14 +935,8 @@ struct Out {
   }
 
   __device__ __forceinline__ void fetch(const Frame<T>& f, const FrameBlock& p, int tile) {
-    products.fetch(p.out_proj, tile % S::kTiles * kOutColumns);
-  }
-  static __device__ __forceinline__ void ask(const FrameBlock& p, int tile, char* to, Coming& coming) {
-    Products::Rows::ask(at(static_cast<const T*>(p.out_proj), tile % S::kTiles * kOutColumns * S::kD), to, coming);
-  }
-  __device__ __forceinline__ void take(const char* memory) { products.take(memory); }
-  __device__ __forceinline__ void rest(const Frame<T>& f, int tile) {
     const int id = thread();
+    products.fetch(p.out_proj, tile % S::kTiles * kOutColumns);
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       r[k] = make_float2(0.0f, 0.0f);
@@ -1090,52 +967,21 @@ struct Out {
 
 // ---- the kernel ----------------------------------------------------------------------------------------------------
 
-// Shared memory: what a step works with; the weights of `in`, where the scan works too; those of x_proj and of out.  As
-// many as fit.
-template <class T, int kC, bool kBoth>
-struct Layout {
-  using I = In<T, kC, kBoth>;
-  using X = XProj<T, kC, kBoth>;
-  using O = Out<T, kC>;
-  static constexpr int kWork = up(larger(I::kBytes, larger(X::Products::kBytes, O::Products::kBytes)), 128);
-  static constexpr int kScan = up(Scan<T, kC, kBoth>::kBytes, 128);
-
-  static constexpr int before(bool in) { return in ? larger(kWork + I::Rows::kBytes, kScan) : larger(kWork, kScan); }
-  static constexpr int bytes(bool in, bool x, bool out) {
-    return before(in) + (x ? X::Products::Rows::kBytes : 0) + (out ? O::Products::Rows::kBytes : 0) +
-           3 * static_cast<int>(sizeof(Coming));
-  }
-  static constexpr bool fits(bool in, bool x, bool out) { return bytes(in, x, out) <= 227 * 1024; }
-
-  static constexpr bool kIn = fits(true, true, false), kOut = fits(kIn, true, true), kX = fits(kIn, true, kOut);
-  static constexpr int kInAt = kWork, kXAt = before(kIn), kOutAt = kXAt + (kX ? X::Products::Rows::kBytes : 0);
-  static constexpr int kComing = kOutAt + (kOut ? O::Products::Rows::kBytes : 0);
-
-  static constexpr int bytes_on(int major) { return copies_on(major) ? bytes(kIn, kX, kOut) : larger(kWork, kScan); }
-};
-
-// ask: for the weights of a step to come.  What the first tile needs of its own is there, or asked for, before the
-// barrier of the grid; take: weights from shared memory, fetch: by loads, rest: what is always loaded.
-template <bool kStaged, class Step, class T, class Ask, class Take, class Fetch, class Rest, class Run>
-__device__ __forceinline__ void step(const Frame<T>& f, unsigned& turn, Ask&& ask, Take&& take, Fetch&& fetch,
-                                     Rest&& rest, Run&& run) {
+// What the first tile needs of the weights is asked for before the barrier.
+template <class Step, class T, class Fetch, class Run>
+__device__ __forceinline__ void step(const Frame<T>& f, unsigned& turn, Fetch&& fetch, Run&& run) {
   Step s;
   arrive(f.m.arrived);
-  ask();
   int tile = block_of_grid();
-  const int tiles = Step::tiles(f), first = min(tile, tiles - 1);
-  rest(s, first);  // always: what is not set on every way is kept from block to block
-  if constexpr (kStaged)
-    take(s);
-  else
-    fetch(s, first);
+  const int tiles = Step::tiles(f);
+  fetch(s, min(tile, tiles - 1));  // always: what is not set on every way is kept from block to block
   wait(f.m.arrived, ++turn * gridDim.x);
   while (tile < tiles) {
     run(s, tile);
     tile += gridDim.x;
     if (tile < tiles) {
       __syncthreads();
-      rest(s, tile), fetch(s, tile);
+      fetch(s, tile);
     }
   }
 }
@@ -1143,23 +989,7 @@ __device__ __forceinline__ void step(const Frame<T>& f, unsigned& turn, Ask&& as
 template <class T, int kC, bool kBoth>
 __global__ void __launch_bounds__(kThreads, 1) frame_blocks_kernel(const __grid_constant__ Frame<T> f) {
   using S = Sizes<T, kC>;
-  using L = Layout<T, kC, kBoth>;
-  using Ins = In<T, kC, kBoth>;
-  using Xs = XProj<T, kC, kBoth>;
-  using Scans = Scan<T, kC, kBoth>;
-  using Outs = Out<T, kC>;
-  constexpr bool kIn = kCopies && L::kIn, kX = kCopies && L::kX, kOut = kCopies && L::kOut;
   const FrameArgs& p = f.args;
-  const auto memory = [](int at) { return reinterpret_cast<char*>(shared_memory()) + at; };
-  const auto first = [](int tiles) { return min(block_of_grid(), tiles - 1); };
-  const auto coming = [&](int i) -> Coming& { return reinterpret_cast<Coming*>(memory(L::kComing))[i]; };
-  const auto ask_in = [&](int i) {
-    if constexpr (kIn)
-      if (i < p.blocks) Ins::ask(p.block[i], first(Ins::tiles(f)), memory(L::kInAt), coming(0));
-  };
-  if (kCopies && thread() < 3) coming(thread()).begin();
-  __syncthreads();
-  ask_in(0);
   unsigned turn = 0;
   begin<T, kC>(f);
 #pragma unroll 1
@@ -1167,41 +997,22 @@ __global__ void __launch_bounds__(kThreads, 1) frame_blocks_kernel(const __grid_
     const FrameBlock& w = p.block[i];
     float* const conv_state = kBoth ? nullptr : p.conv_state + static_cast<int64_t>(i) * p.b * kTaps * S::kD;
     float* const ssm_state = kBoth ? nullptr : p.ssm_state + static_cast<int64_t>(i) * p.b * S::kD * kStates;
-    step<kIn, Ins>(
-        f, turn,
-        [&] {
-          if constexpr (kX) Xs::ask(w, first(Xs::tiles(f)), memory(L::kXAt), coming(1));
-        },
-        [&](auto& s) { coming(0).wait(i), s.take(memory(L::kInAt)); }, [&](auto& s, int tile) { s.fetch(w, tile); },
-        [&](auto& s, int tile) { s.rest(w, tile); }, [&](auto& s, int tile) { s.run(f, conv_state, tile); });
-    step<kX, Xs>(
-        f, turn, [] {}, [&](auto& s) { coming(1).wait(i), s.take(memory(L::kXAt)); },
-        [&](auto& s, int tile) { s.fetch(w, tile); }, [&](auto& s, int tile) { s.rest(w, tile); },
-        [&](auto& s, int tile) { s.run(f, tile); });
-    step<false, Scans>(
-        f, turn,
-        [&] {
-          if constexpr (kOut) Outs::ask(w, first(Outs::tiles(f)), memory(L::kOutAt), coming(2));
-        },
-        [](auto&) {}, [&](auto& s, int tile) { s.fetch(w, ssm_state, tile); }, [](auto&, int) {},
+    step<In<T, kC, kBoth>>(
+        f, turn, [&](auto& s, int tile) { s.fetch(w, tile); }, [&](auto& s, int tile) { s.run(f, conv_state, tile); });
+    step<XProj<T, kC, kBoth>>(
+        f, turn, [&](auto& s, int tile) { s.fetch(w, tile); }, [&](auto& s, int tile) { s.run(f, tile); });
+    step<Scan<T, kC, kBoth>>(
+        f, turn, [&](auto& s, int tile) { s.fetch(w, ssm_state, tile); },
         [&](auto& s, int tile) { s.run(f, conv_state, ssm_state, tile); });
-    step<kOut, Outs>(
-        f, turn, [&] { ask_in(i + 1); }, [&](auto& s) { coming(2).wait(i), s.take(memory(L::kOutAt)); },
-        [&](auto& s, int tile) { s.fetch(f, w, tile); }, [&](auto& s, int tile) { s.rest(f, tile); },
-        [&](auto& s, int tile) { s.run(f, tile); });
+    step<Out<T, kC>>(
+        f, turn, [&](auto& s, int tile) { s.fetch(f, w, tile); }, [&](auto& s, int tile) { s.run(f, tile); });
   }
 }
 
-// Compute capability of the present device.
-inline int present_major() {
-#ifdef ENDOMAMBA_HOST
-  return 9;
-#else
-  int device = 0, major = 0;
-  check(cudaGetDevice(&device), "frame_blocks");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "frame_blocks");
-  return major;
-#endif
+template <class T, int kC, bool kBoth>
+constexpr int shared_bytes() {
+  return larger(larger(In<T, kC, kBoth>::kBytes, XProj<T, kC, kBoth>::Products::kBytes),
+                larger(Scan<T, kC, kBoth>::kBytes, Out<T, kC>::Products::kBytes));
 }
 
 template <class T, int kC, bool kBoth>
@@ -1211,8 +1022,8 @@ void launch_frame(const FrameArgs& args, int grid, void* stream) {
     throw std::invalid_argument("frame_blocks: tokens must be 3 to " + std::to_string(S::kPieces * S::kPiece) +
                                 " for c = " + std::to_string(kC) + ", got " + std::to_string(args.l));
   const Frame<T> f{args, memory_of<T, kC>(args.memory, args.b, args.l, kBoth ? 2 : 1), args.l, args.b * args.l};
-  launch_together("frame_blocks", frame_blocks_kernel<T, kC, kBoth>, grid, kThreads,
-                  Layout<T, kC, kBoth>::bytes_on(present_major()), stream, f);
+  launch_together("frame_blocks", frame_blocks_kernel<T, kC, kBoth>, grid, kThreads, shared_bytes<T, kC, kBoth>(),
+                  stream, f);
 }
 
 template <class T, int kChannels>
@@ -1266,11 +1077,11 @@ int frame_most_tokens(int dtype, int64_t c) {
 
 int frame_rank(int64_t c) { return power_of_2(static_cast<int>((c + 15) / 16)); }
 
-int64_t frame_shared(int dtype, int64_t c, int64_t directions, int major) {
+int64_t frame_shared(int dtype, int64_t c, int64_t directions) {
   const int64_t bytes = with_model(dtype, c, [&](auto model) -> int64_t {
     using T = typename decltype(model)::Type;
     constexpr int kC = decltype(model)::kC;
-    return directions == 2 ? Layout<T, kC, true>::bytes_on(major) : Layout<T, kC, false>::bytes_on(major);
+    return directions == 2 ? shared_bytes<T, kC, true>() : shared_bytes<T, kC, false>();
   });
   return larger(0, static_cast<int>(bytes));
 }

@@ -27,8 +27,8 @@ class Watch:
             handle.remove()
 
     def _hook(self, name: str) -> Callable[..., None]:
-        def gradient(grad: Tensor) -> None:
-            if not self.first_gradient and not grad.isfinite().all():
+        def gradient(grad: Tensor | None) -> None:  # None: of an output that nothing was made of
+            if grad is not None and not self.first_gradient and not grad.isfinite().all():
                 self.first_gradient = name
 
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:

@@ -53,8 +53,8 @@ def _kinds(residual: Tensor, weights: Sequence[Tensor]) -> list[str]:
 
 def _limits(residual: Tensor, weights: Sequence[Tensor]) -> list[str]:
     cuda, blocks, c, sides = _cuda.load(), len(weights) // WEIGHTS, weights[0].shape[1], weights[6].shape[0]
-    dtype, capability = DTYPES[weights[0].dtype], _cuda.capability(residual.device)
-    most, shared = cuda.frame_most_tokens(dtype, c), cuda.frame_shared(dtype, c, sides, capability[0])
+    dtype = DTYPES[weights[0].dtype]
+    most, shared = cuda.frame_most_tokens(dtype, c), cuda.frame_shared(dtype, c, sides)
     if not most:
         return [f"the frame kernel is for 96, 192, 384 or 576 channels, not {c}"]
     why, rank = [], weights[4].shape[2]
@@ -64,7 +64,7 @@ def _limits(residual: Tensor, weights: Sequence[Tensor]) -> list[str]:
         why.append(f"a frame must have {LEAST_TOKENS} to {most} tokens, not {residual.shape[1]}")
     if blocks > cuda.FRAME_BLOCKS:
         why.append(f"there can be {cuda.FRAME_BLOCKS} blocks, not {blocks}")
-    if capability < (8, 0):
+    if _cuda.capability(residual.device) < (8, 0):
         why.append("the frame kernel needs compute capability 8.0")
     elif shared > _cuda.shared_memory(residual.device):
         why.append(f"it needs {shared} bytes of shared memory, this GPU has {_cuda.shared_memory(residual.device)}")
