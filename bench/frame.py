@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     key = {"model": args.model, "dtype": args.dtype, "backend": args.backend}
     names = {case.name for case in wanted}
     for part in ("rows", "missing"):  # what is measured now takes the place of what was
-        result[part] = [row for row in result[part] if row["case"] not in names or key | row != row]
+        result[part] = [row for row in result[part] if row["case"] not in names or row | key != row]
     ready = []
     for case in wanted:
         why = case.why or made(case, setting)

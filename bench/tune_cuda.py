@@ -118,14 +118,16 @@ def frame_call(blocks: list, b: int, l: int, backend: str) -> tuple[Callable, li
 
 
 @torch.no_grad()
-def measure_frames(bench: Bench) -> dict[str, dict[int, dict[int, dict[str, float]]]]:
-    """case -> tokens -> streams -> back end -> microseconds."""
-    found = {}
+def measure_frames(bench: Bench, found: dict, save: Callable[[dict], None]) -> None:
+    """Adds case -> tokens -> streams -> back end -> microseconds for what `found` has not; `save` after each case."""
     for dtype, tolerance in ((torch.bfloat16, 0.05), (torch.float32, 1e-4)):
         for c in CHANNELS:
             for sides in (2, 1):
                 blocks = frame_case(c, sides, dtype)
                 case = case_of(blocks[0])
+                if case in found:
+                    continue
+                row_of_case: dict = {}
                 for l, b in ((l, b) for l, streams in STREAMS.items() for b in streams):
                     calls = {backend: frame_call(blocks, b, l, backend) for backend in BACKENDS}
                     for call, _ in calls.values():
@@ -135,9 +137,18 @@ def measure_frames(bench: Bench) -> dict[str, dict[int, dict[int, dict[str, floa
                         raise SystemExit(f"tune_cuda: frame_blocks {case} differs by {far:.1e} from Triton")
                     took = bench.time({backend: call for backend, (call, _) in calls.items()}, repeat=REPEAT)
                     row = {backend: round(t["median_us"], 1) for backend, t in took.items()}
-                    found.setdefault(case, {}).setdefault(l, {})[b] = row
+                    row_of_case.setdefault(l, {})[b] = row
                     print(f"{case:20} {b:4} x {l:4}", *(f"{k} {v:9.1f}" for k, v in row.items()), flush=True)
-    return found
+                found[case] = row_of_case
+                save(found)
+
+
+def numbered(times: dict) -> dict:
+    """Times out of a file, tokens and sequences numbers again."""
+    return {
+        case: {int(l): {int(b): us for b, us in row.items()} for l, row in lengths.items()}
+        for case, lengths in times.items()
+    }
 
 
 def ratios(times: dict) -> dict[str, dict[int, dict[int, float]]]:
@@ -163,6 +174,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", choices=[[], *RESULTS], default=[], help="default: both")
     parser.add_argument("--write", action="store_true", help="rewrite their part of the table")
+    parser.add_argument("--go-on", action="store_true", help="cases of frames that the file has need not come again")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the times")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--commit", default="", help="of the tree that runs; else what git says")
@@ -180,13 +192,21 @@ def main():
     major, minor = torch.cuda.get_device_capability()
     for part in args.parts or RESULTS:
         meta, more = about(common) | {"command": f"python -m bench.tune_cuda {part}"}, {}
-        if part == "scans":
+        file = args.out / RESULTS[part].name
+        times = numbered(json.loads(RESULTS[part].read_text())["median_us"]) if args.go_on and part == "frames" else {}
+
+        def save(times: dict, file=file, meta=meta, more=more) -> None:
+            file.write_text(json.dumps({"meta": meta, **more, "median_us": times}, indent=1) + "\n")
+
+        if part == "frames":
+            measure_frames(bench, times, save)
+        else:
             more["back_to_back_us"] = back_to_back(bench)
             for case, row in more["back_to_back_us"].items():
                 print(case, *(f"{k} {v:7.2f}" for k, v in row.items()), flush=True)
-        times = measure_frames(bench) if part == "frames" else measure(bench, True) | measure(bench, False)
-        text = json.dumps({"meta": meta, **more, "median_us": times}, indent=1)
-        (args.out / RESULTS[part].name).write_text(text + "\n")
+            for both in (True, False):
+                times |= measure(bench, both)
+                save(times)
         if args.write:
             of = {k: meta[k] for k in ("gpu", "driver", "commit")} | {"capability": f"{major}.{minor}"}
             write_table(part, ratios(times), of)

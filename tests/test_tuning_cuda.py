@@ -43,14 +43,6 @@ def test_every_corner_has_a_say(rows, b, l, faster):
     assert not table.faster("scans", "causal forward", b, l, (10, 0))
 
 
-def numbered(times):
-    """A file of times, its tokens and sequences numbers again."""
-    return {
-        case: {int(l): {int(b): us for b, us in row.items()} for l, row in lengths.items()}
-        for case, lengths in times.items()
-    }
-
-
 @pytest.mark.parametrize("part", ["scans", "frames"])
 def test_the_table_is_of_the_results(part):
     """What is written in the table follows from the file of times."""
@@ -59,7 +51,7 @@ def test_the_table_is_of_the_results(part):
     from bench import tune_cuda
 
     data = json.loads(tune_cuda.RESULTS[part].read_text())
-    assert tune_cuda.ratios(numbered(data["median_us"])) == table.RATIO[part]
+    assert tune_cuda.ratios(tune_cuda.numbered(data["median_us"])) == table.RATIO[part]
     assert {k: table.MEASURED[part][k] for k in ("gpu", "driver", "commit")} == {
         k: data["meta"][k] for k in ("gpu", "driver", "commit")
     }
