@@ -135,4 +135,5 @@ def needed(name: str, dtype: str, size: int) -> tuple[int, int]:
 
 def short(name: str) -> str:
     """A kernel's own name, without what it returns, its arguments and those of its template."""
+    name = name.replace("(anonymous namespace)::", "")
     return re.sub(r"^(void|std::enable_if<.*?>::type) ", "", name).split("<")[0].split("(")[0].strip() or name

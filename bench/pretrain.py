@@ -1,7 +1,7 @@
 """One update of masked pre-training, and its parts: milliseconds, memory, and what the data loader delivers beside it.
 
     python -m bench pretrain --device cuda                                   # bench/results/gpu_pretrain.json
-    torchrun --nproc-per-node 2 -m bench pretrain --device cuda --only update   # the same clips for each of two GPUs
+    torchrun --standalone --nproc-per-node 2 -m bench pretrain --device cuda --only update   # as much for each GPU
     python -m bench pretrain --quick                                          # this CPU, seconds; writes nothing
 
 update: the trainer's own step, from clips in page-locked memory of the host to changed weights.  student: its forward

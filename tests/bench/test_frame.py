@@ -59,6 +59,10 @@ def test_rows_and_what_is_missing(few, tmp_path, capsys):
     assert again["rows"][-1]["case"] == "3 streams resident 32" and again["rows"][-1] != rows["3 streams resident 32"]
     assert len(rows) == len(kept) + 1
 
+    assert command([*QUICK, "--out", str(out), "--only", "3 streams", "--model", "small"]) == 0
+    of_two = json.loads(out.read_text())["rows"]
+    assert of_two[:-1] == again["rows"] and of_two[-1]["model"] == "small"
+
 
 def test_a_stream_that_forgets_gets_no_time(few, tmp_path, monkeypatch, capsys):
     honest = EndoMamba.step_
