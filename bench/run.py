@@ -199,7 +199,7 @@ def measured(
     part: str, marks: tuple[int, ...], subjects: dict, args: argparse.Namespace, result: dict, out: Path | None
 ) -> list[dict]:
     """The rows of a part.  Every provider at every mark has its turn before any has its next, so that what disturbs the
-    machine disturbs all; the file is whole after each round.
+    machine disturbs all; the file is whole after each turn.
     """
     import torch
 
@@ -222,15 +222,16 @@ def measured(
                     row = {"part": part, "mark": mark, "provider": name, "error": error, "times_ms": [], "host_ms": []}
                     row |= {"state_bytes": prepared.nbytes} | clock.costs(prepared)
                 ready.append((prepared, row))
+                print(f"{part:7} {mark:5} {name:28} ready", file=sys.stderr, flush=True)
         gc.collect()
         gc.disable()  # a full collection walks all of torch and would be counted as the model's
         while ready := [(prepared, row) for prepared, row in ready if not finished(row, args)]:
             for prepared, row in ready:
                 turn(clock, prepared, row)
-            known |= {(row["mark"], row["provider"]): row for _, row in ready}
-            others = [row for row in result["rows"] if row["part"] != part]
-            result["rows"] = others + [known[key] for key in sorted(known, key=lambda key: key[0])]
-            save(out, result)
+                known[row["mark"], row["provider"]] = row
+                others = [row for row in result["rows"] if row["part"] != part]
+                result["rows"] = others + [known[key] for key in sorted(known, key=lambda key: key[0])]
+                save(out, result)
         gc.enable()
     return [row for row in result["rows"] if row["part"] == part]
 

@@ -91,7 +91,8 @@ def load_checkpoint(
         temporal_fc, and a VideoMamba for pictures no positions in time.  False: what does not match is left out and
         reported.
     map_pos_embed: EndoMamba's pre-trained positions have no row for cls, and the published rule discards them.  True
-        puts them in rows 1.. and zeros in row 0.
+        puts them in rows 1..; row 0 stays as the model has it.  Zeros there would be a cls token of zeros, as none is
+        pre-trained: its gate is 0 in every block, so it stays 0, and every norm multiplies its gradient by 300.
     drop_head: leave the model's head as it is, whatever the file has.
 
     Positions of another image size or number of frames are interpolated (bicubic, linear in time; Endo-FM: nearest),
@@ -119,8 +120,8 @@ def load_checkpoint(
     elif isinstance(model, EndoFM):
         _fit_tables(model, weights, remapped)
     elif "pos_embed" in weights:
-        with_cls = getattr(model.config, "with_cls_token", True)
-        _fit_positions(model.config, with_cls, weights, remapped, skipped, map_pos_embed)
+        cls = target["pos_embed"][:, :1] if getattr(model.config, "with_cls_token", True) else None
+        _fit_positions(model.config, cls, weights, remapped, skipped, map_pos_embed)
     if isinstance(model, VideoMamba):
         _fit_time(model.config.num_frames, weights, remapped)
 
@@ -417,13 +418,14 @@ def _fit_tables(model: EndoFM, weights: dict[str, Tensor], remapped: dict[str, s
 
 def _fit_positions(
     config: MambaConfig,
-    with_cls: bool,
+    cls: Tensor | None,
     weights: dict[str, Tensor],
     remapped: dict[str, str],
     skipped: dict[str, str],
     map_pos_embed: bool,
 ) -> None:
-    """Brings weights["pos_embed"] to the model's grid, or takes it out and says why.  with_cls: the model has a cls.
+    """Brings weights["pos_embed"] to the model's grid, or takes it out and says why.  cls: the model's own position of
+    its cls, (1, 1, c), if it has one.
 
     The file's grid is the model's where the number of patches is, else a square.  A file without cls_token has
     positions of patches only.
@@ -439,9 +441,9 @@ def _fit_positions(
     why = ""
     if patches < 1 or patches != math.prod(grid):
         why = f"{patches} patches are no square grid"
-    elif has_cls and not with_cls:
+    elif has_cls and cls is None:
         why = "has a row for cls, which this model does not have"
-    elif with_cls and not has_cls and not map_pos_embed:
+    elif cls is not None and not has_cls and not map_pos_embed:
         why = f"{patches} rows have none for cls; the published rule discards them (map_pos_embed=True keeps them)"
     if why:
         skipped[name] = why
@@ -451,9 +453,9 @@ def _fit_positions(
     if grid != config.grid:
         done.append(f"interpolated from {grid[0]}x{grid[1]} to {config.grid[0]}x{config.grid[1]} patches")
     pos = resize_positions(pos, grid, config.grid)
-    if with_cls and not has_cls:
-        done.append("put in rows 1.. with zeros in row 0")
-        pos = torch.cat((torch.zeros_like(pos[:, :1]), pos), dim=1)
+    if cls is not None and not has_cls:
+        done.append("put in rows 1.. behind the model's own row 0")
+        pos = torch.cat((cls.to(pos), pos), dim=1)
     weights["pos_embed"] = pos
     if done:
         remapped[name] = "pos_embed " + ", ".join(done)

@@ -132,11 +132,23 @@ def test_pretraining(source, tmp_path, wrap):
 def test_pretraining_with_mapped_positions(source, tmp_path):
     path = save({"model": pretraining(source)}, tmp_path)
     model = new_model()
+    own = model.pos_embed[:, 0].clone()
     report = load_checkpoint(model, path, map_pos_embed=True)
     assert torch.equal(model.pos_embed[:, 1:], pretraining(source)["encoder.pos_embed"])
-    assert not model.pos_embed[:, 0].any()
-    assert report.remapped["encoder.pos_embed"] == "pos_embed put in rows 1.. with zeros in row 0"
+    assert torch.equal(model.pos_embed[:, 0], own) and own.any()
+    assert report.remapped["encoder.pos_embed"] == "pos_embed put in rows 1.. behind the model's own row 0"
     assert "encoder.pos_embed" not in report.skipped and "pos_embed" not in report.missing
+
+
+def test_the_cls_token_of_a_pretrained_encoder_is_alive(source, tmp_path):
+    """The file has none.  One of zeros would be read through gates that are closed, and its features would be zero."""
+    model = new_model(num_classes=0)
+    load_checkpoint(model, save({"model": pretraining(source)}, tmp_path), map_pos_embed=True)
+    height, width = model.config.size
+    features = model.forward_features(torch.randn(2, 3, 3, height, width, device=model.pos_embed.device))
+    assert (features[:, :, 0].abs().amax(-1) > 0.1).all()
+    features[:, :, 0].square().mean().backward()
+    assert model.cls_token.grad.norm() < 1e3
 
 
 def test_pretrained_encoder_itself(source, tmp_path):
@@ -190,11 +202,11 @@ def test_positions_are_interpolated(source, tmp_path, size, grid):
 def test_mapped_positions_are_interpolated_too(source, tmp_path):
     model = new_model(img_size=48)
     report = load_checkpoint(model, save(pretraining(source), tmp_path), map_pos_embed=True)
-    done = "pos_embed interpolated from 4x4 to 6x6 patches, put in rows 1.. with zeros in row 0"
+    done = "pos_embed interpolated from 4x4 to 6x6 patches, put in rows 1.. behind the model's own row 0"
     assert report.remapped["encoder.pos_embed"] == done
     # on the CPU, as load_checkpoint does: another device interpolates with other roundings
     expected = resize_positions(pretraining(source)["encoder.pos_embed"].cpu(), (4, 4), (6, 6))
-    assert torch.equal(model.pos_embed[:, 1:].cpu(), expected) and not model.pos_embed[:, 0].any()
+    assert torch.equal(model.pos_embed[:, 1:].cpu(), expected) and model.pos_embed[:, 0].any()
 
 
 def test_positions_that_fit_by_accident(source, tmp_path):

@@ -27,6 +27,7 @@ from endomamba.train.errors import NonFiniteLoss, TrainError
 from endomamba.train.manifest import DataError
 from endomamba.train.optim import param_groups, rate_at
 from endomamba.train.plan import ClipPlan
+from endomamba.train.watch import Watch
 
 from .common import ONE, SIZE, TINY, fit, make_data, steps, tiny
 from .ddp_gradients import CASES, gradients
@@ -170,7 +171,10 @@ def test_the_bad_step_is_run_again_with_its_own_random_numbers(data, tmp_path):
         toy(data, tmp_path, spoil=spoil, log_every=6)
 
 
-def test_a_gradient_that_is_not_finite_stops_too(data, tmp_path):
+@pytest.mark.parametrize(
+    "factor, what", [("inf", "first non-finite gradient: of"), ("1e30", "a gradient too large for its norm: of")]
+)
+def test_a_gradient_that_is_not_finite_stops_too(data, tmp_path, factor, what):
     class Root(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -178,15 +182,39 @@ def test_a_gradient_that_is_not_finite_stops_too(data, tmp_path):
 
         @staticmethod
         def backward(ctx, grad):
-            return grad * float("inf")
+            return grad * float(factor)
 
     def spoil(at, model):
         if at == 2:
             model.first.register_forward_hook(lambda module, inputs, output: Root.apply(output))
         return 1.0
 
-    with pytest.raises(NonFiniteLoss, match=r"^step 3: .*first non-finite gradient: of first.bias; clips"):
+    with pytest.raises(NonFiniteLoss, match=rf"^step 3: .*{what} first\.(bias|weight)(, \d+e\+\d+)?; clips"):
         toy(data, tmp_path, spoil=spoil)
+
+
+def test_a_layer_whose_second_output_nobody_used_is_watched_too():
+    """Autograd calls its hook with None."""
+
+    class Two(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.set_materialize_grads(False)
+            return x.clone(), x + 1
+
+        @staticmethod
+        def backward(ctx, first, second):
+            return first * float("inf")
+
+    class Layer(nn.Module):
+        def forward(self, x):
+            return Two.apply(x)
+
+    model = nn.Sequential(nn.Linear(2, 2), Layer())
+    with Watch(model) as watch:
+        used, _ = model(torch.ones(1, 2))
+        used.sum().backward()
+    assert not watch.first and watch.first_gradient == "0"
 
 
 def test_carried_states_stay_as_they_were_before_a_bad_step(data, tmp_path, monkeypatch):
