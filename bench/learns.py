@@ -444,11 +444,27 @@ def main(args: argparse.Namespace) -> int:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
             print(f"{at:6.1f} s  {result.task.name}  {result.problem or 'done'}", flush=True)
-    write_report(args.out, rows, scale, device, commit, time.monotonic() - began)
+    earlier = json.loads(args.go_on.read_text()) if args.go_on else {}
+    write_report(args.out, rows, scale, device, commit, time.monotonic() - began, earlier)
     return 1 if problems else 0
 
 
-def write_report(out: Path, rows: dict[str, Any], scale: Scale, device: str, commit: str, seconds: float) -> None:
+def came_before(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The runs that a report is of: commit, minutes and what each brought."""
+    if not report:
+        return
+    meta = report["meta"]
+    before = meta.get("earlier", [])
+    yield from before
+    known = {name for run in before for name in run["runs"]}
+    own = sorted(row["run"] for row in report["runs"] if "numbers" in row and row["run"] not in known)
+    yield {"commit": meta["commit"], "wall_minutes": meta["wall_minutes"], "runs": own}
+
+
+def write_report(
+    out: Path, rows: dict[str, Any], scale: Scale, device: str, commit: str, seconds: float, earlier: dict[str, Any]
+) -> None:
+    """earlier: the report that this run went on with, of which some results are, and what was withdrawn from it."""
     from endomamba.synthetic import VARIANTS
 
     found = list(effects(rows))
@@ -468,9 +484,13 @@ def write_report(out: Path, rows: dict[str, Any], scale: Scale, device: str, com
         "numbers": NUMBERS,
         "test_videos": tested,
         "not_done": sorted(name for name, row in rows.items() if "problem" in row),
+        "earlier": list(came_before(earlier)),
     }
+    if "withdrawn" in earlier.get("meta", {}):
+        meta["withdrawn"] = earlier["meta"]["withdrawn"]
     parts = [f'"meta": {json.dumps(meta, indent=1)}']
-    for title, listed in (("effects", found), ("runs", [{"run": name, **row} for name, row in runs.items()])):
+    listings = [("effects", found), ("runs", [{"run": name, **row} for name, row in runs.items()])]
+    for title, listed in (*listings, ("withdrawn", earlier.get("withdrawn", []))):
         parts.append(f'"{title}": [\n' + ",\n".join(json.dumps(row) for row in listed) + "\n]")
     (out / "learns.json").write_text("{" + ",\n".join(parts) + "}\n")
     print(table(found), flush=True)

@@ -6,7 +6,8 @@
 
 update: the trainer's own step, from clips in page-locked memory of the host to changed weights.  student: its forward
 and backward, the teacher's features given.  teacher: its forward.  They take turns; times are the device's, by events
-(a CPU's clock), peaks are bytes of tensors.  Weights are drawn, nothing is learned here.
+(a CPU's clock).  peak_GiB is the most memory of tensors in all, on_top_GiB without what lay there before the call.
+Weights are drawn, nothing is learned here.
 loading: clips a second of the trainer's data loader alone, from mp4 files of 256 pixels that are generated for it.
 """
 
@@ -30,6 +31,7 @@ from bench.run import HERE, about, opened, save
 PARTS = ("update", "student", "teacher", "loading")
 FILM = {"frames": 150, "size": 256}  # 5 s, as the published collections are cut
 UNCOUNTED = 3
+FLAGS = {"model": "model", "batch_size": "clips", "clip.frames": "frames", "workers": "workers"}  # fields of the config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +91,7 @@ def measure(args: argparse.Namespace, parts: list[str], world: Any) -> dict[str,
     from endomamba.train.loop import _Run
 
     config = pretrain.PretrainConfig(
-        model=f"endomamba_{args.model}", clip=ClipConfig(frames=args.frames), batch_size=args.clips * world.size,
+        model=f"endomamba_{args.model}", clip=ClipConfig(frames=args.frames),
         precision="bf16" if args.device == "cuda" else "fp32",
     )  # fmt: skip
     teacher_options: dict[str, Any] = {"num_frames": args.frames}
@@ -98,11 +100,12 @@ def measure(args: argparse.Namespace, parts: list[str], world: Any) -> dict[str,
         config = with_changes(config, {"model_options": sizes})
         teacher_options |= sizes
     config = with_changes(config, dict(read(part) for part in args.set))
+    config = with_changes(config, {"batch_size": args.clips * world.size * config.accumulate})
     torch.manual_seed(0)
     model = pretrain.build(config).to(world.device).train()
     teacher = Teacher(
         create_model(f"videomamba_{args.model}", **teacher_options).to(world.device),
-        autocast=torch.bfloat16 if args.device == "cuda" else None,
+        autocast={"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision),
     )
     normalise = Normalise(config.clip.normalise, world.device)
     step = partial(pretrain.masked_step, model, teacher, normalise)
@@ -131,7 +134,8 @@ def measure(args: argparse.Namespace, parts: list[str], world: Any) -> dict[str,
     calls = {part: call for part, call in calls.items() if part in parts}
     found = timed(calls, args.rounds, world.device)
     for part, numbers in found.items():
-        numbers["clips_per_second"] = round(1e3 * args.clips * world.size / numbers["ms"], 1)
+        clips = args.clips * world.size * (config.accumulate if part == "update" else 1)
+        numbers["clips_per_second"] = round(1e3 * clips / numbers["ms"], 1)
         if part == "update" and not all(p.isfinite().all() for p in model.parameters()):
             raise SystemExit("pretrain: the weights are not finite: no time for a wrong result")
     if "loading" in parts and world.rank == 0:
@@ -142,7 +146,10 @@ def measure(args: argparse.Namespace, parts: list[str], world: Any) -> dict[str,
 def read(text: str) -> tuple[str, Any]:
     import ast
 
-    name, _, value = text.partition("=")
+    name, found, value = text.partition("=")
+    if not found or name in FLAGS:
+        why = f"--{FLAGS[name]} sets it" if name in FLAGS else "it must be FIELD=VALUE"
+        raise SystemExit(f"pretrain: --set {text}: {why}")
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
@@ -164,17 +171,18 @@ def ready(args: argparse.Namespace, model: Any, pin: bool) -> dict[str, Any]:
 
 
 def timed(calls: dict[str, Callable[[], object]], rounds: int, device: Any) -> dict[str, dict[str, float]]:
-    """Median milliseconds, and the peak of memory with and without what lay there before."""
+    """Median milliseconds, and on a GPU the peak of memory."""
     import torch
 
     gpu = device.type == "cuda"
     times: dict[str, list[float]] = {name: [] for name in calls}
-    peaks = dict.fromkeys(calls, 0)
+    peaks, tops = dict.fromkeys(calls, 0), dict.fromkeys(calls, 0)
     for i in range(UNCOUNTED + rounds if gpu else 1 + rounds):
         for name, call in calls.items():
             if gpu:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
+                held = torch.cuda.memory_allocated()
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in "be")
                 begin.record()
                 call()
@@ -182,6 +190,7 @@ def timed(calls: dict[str, Callable[[], object]], rounds: int, device: Any) -> d
                 end.synchronize()
                 took = begin.elapsed_time(end)
                 peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated())
+                tops[name] = max(tops[name], torch.cuda.max_memory_allocated() - held)
             else:
                 start = time.perf_counter()
                 call()
@@ -196,7 +205,7 @@ def timed(calls: dict[str, Callable[[], object]], rounds: int, device: Any) -> d
             "most": round(max(took), 2),
         }
         if gpu:
-            found[name]["peak_GiB"] = round(peaks[name] / 2**30, 2)
+            found[name] |= {"peak_GiB": round(peaks[name] / 2**30, 2), "on_top_GiB": round(tops[name] / 2**30, 2)}
     return found
 
 

@@ -6,7 +6,7 @@ Every call is captured in a CUDA graph, so that the host's time is in none; the 
 that differs from Triton's by more than its dtype explains stops it.
 scans: sequences x tokens of 768 channels in bf16, L2 cold.  One frame is also timed 20 times back to back in one graph,
 as in a stream, with a warm L2.
-frames: `frame_blocks`, 12 blocks of a kind, streams x tokens, all sizes of the models; a graph of 4 frames, L2 warm.
+frames: `frame_blocks`, 12 blocks of a kind, streams x tokens, tiny, small and middle; a graph of 4 frames, L2 warm.
 Times go to bench/results/h200_cuda_{scan,frame}.json, their ratios to endomamba/ops/_cuda_table.py.
 """
 
@@ -14,6 +14,7 @@ import argparse
 import json
 import pprint
 import runpy
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -24,8 +25,8 @@ from types import SimpleNamespace
 import torch
 
 from bench.bench_gpu import Bench, about, make, op, prepared, relative, scan_name
-from endomamba.ops import _cuda_table, _extension_cuda, frame_blocks, pack_block
-from endomamba.ops.frame_blocks.cuda import case_of
+from endomamba.ops import _cuda, _cuda_table, _extension_cuda, frame_blocks, pack_block
+from endomamba.ops.frame_blocks.cuda import frame_name
 
 HERE = Path(__file__).parent / "results"
 RESULTS = {"scans": HERE / "h200_cuda_scan.json", "frames": HERE / "h200_cuda_frame.json"}
@@ -121,26 +122,37 @@ def frame_call(blocks: list, b: int, l: int, backend: str) -> tuple[Callable, li
 def measure_frames(bench: Bench, found: dict, save: Callable[[dict], None]) -> None:
     """Adds case -> tokens -> streams -> back end -> microseconds for what `found` has not; `save` after each case."""
     for dtype, tolerance in ((torch.bfloat16, 0.05), (torch.float32, 1e-4)):
-        for c in CHANNELS:
-            for sides in (2, 1):
-                blocks = frame_case(c, sides, dtype)
-                case = case_of(blocks[0])
-                if case in found:
-                    continue
-                row_of_case: dict = {}
-                for l, b in ((l, b) for l, streams in STREAMS.items() for b in streams):
-                    calls = {backend: frame_call(blocks, b, l, backend) for backend in BACKENDS}
-                    for call, _ in calls.values():
-                        call()
-                    far = max(relative(*pair) for pair in zip(*(changed for _, changed in calls.values()), strict=True))
-                    if not far < tolerance:
-                        raise SystemExit(f"tune_cuda: frame_blocks {case} differs by {far:.1e} from Triton")
-                    took = bench.time({backend: call for backend, (call, _) in calls.items()}, repeat=REPEAT)
-                    row = {backend: round(t["median_us"], 1) for backend, t in took.items()}
-                    row_of_case.setdefault(l, {})[b] = row
-                    print(f"{case:20} {b:4} x {l:4}", *(f"{k} {v:9.1f}" for k, v in row.items()), flush=True)
-                found[case] = row_of_case
+        for c, sides in ((c, sides) for c in CHANNELS for sides in (2, 1)):
+            case = frame_name(c, sides, dtype)
+            left = [(l, b) for l, many in STREAMS.items() for b in many if b not in found.get(case, {}).get(l, {})]
+            blocks = frame_case(c, sides, dtype) if left else []
+            for l, b in left:
+                calls = {backend: frame_call(blocks, b, l, backend) for backend in BACKENDS}
+                for call, _ in calls.values():
+                    call()
+                far = max(relative(*pair) for pair in zip(*(changed for _, changed in calls.values()), strict=True))
+                if not far < tolerance:
+                    raise SystemExit(f"tune_cuda: frame_blocks {case} differs by {far:.1e} from Triton")
+                took = bench.time({backend: call for backend, (call, _) in calls.items()}, repeat=REPEAT)
+                row = {backend: round(t["median_us"], 1) for backend, t in took.items()}
+                found.setdefault(case, {}).setdefault(l, {})[b] = row
+                print(f"{case:20} {b:4} x {l:4}", *(f"{k} {v:9.1f}" for k, v in row.items()), flush=True)
+            if left:
                 save(found)
+
+
+def before(file: Path, meta: dict) -> tuple[dict, list[dict]]:
+    """The times of a file to go on with, and of which runs they are; refused where these would not be comparable."""
+    old = json.loads(file.read_text())
+    differs = [k for k in ("gpu", "driver", "torch", "triton", "rounds") if old["meta"].get(k) != meta.get(k)]
+    if differs:
+        sys.exit(f"tune_cuda: {file} was measured with another {', '.join(differs)}: leave --go-on out")
+    cases = {case: sum(map(len, rows.values())) for case, rows in old["median_us"].items()}
+    earlier = old.get("earlier", [])
+    for run in earlier:
+        cases = {case: count - run["cases"].get(case, 0) for case, count in cases.items()}
+    own = {k: old["meta"][k] for k in ("command", "commit", "date")}
+    return numbered(old["median_us"]), [*earlier, own | {"cases": {k: n for k, n in cases.items() if n}}]
 
 
 def numbered(times: dict) -> dict:
@@ -149,6 +161,11 @@ def numbered(times: dict) -> dict:
         case: {int(l): {int(b): us for b, us in row.items()} for l, row in lengths.items()}
         for case, lengths in times.items()
     }
+
+
+def measured_by(meta: dict, more: dict) -> dict[str, str]:
+    commits = dict.fromkeys(run["commit"] for run in (*more.get("earlier", []), meta))
+    return {"gpu": meta["gpu"], "driver": meta["driver"], "commit": ", ".join(commits)}
 
 
 def ratios(times: dict) -> dict[str, dict[int, dict[int, float]]]:
@@ -163,7 +180,7 @@ def write_table(part: str, found: dict, measured: dict) -> None:
     path = Path(_cuda_table.__file__)
     text, old = path.read_text(), runpy.run_path(str(path))
     for name, new in (("MEASURED", measured), ("RATIO", found)):
-        table = pprint.pformat(old[name] | {part: new}, width=110, sort_dicts=False).replace("'", '"')
+        table = pprint.pformat(old[name] | {part: new}, width=100, sort_dicts=False).replace("'", '"')
         begin = text.index(f"{name} = ")
         end = text.index("  # fmt: skip", begin)
         text = text[:begin] + f"{name} = {table}" + text[end:]
@@ -172,13 +189,17 @@ def write_table(part: str, found: dict, measured: dict) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=[[], *RESULTS], default=[], help="default: both")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="scans, frames; default: both")
     parser.add_argument("--write", action="store_true", help="rewrite their part of the table")
-    parser.add_argument("--go-on", action="store_true", help="cases of frames that the file has need not come again")
+    parser.add_argument("--go-on", action="store_true", help="what OUT's file of frames has need not come again")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the times")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--commit", default="", help="of the tree that runs; else what git says")
     args = parser.parse_args()
+    if unknown := [part for part in args.parts if part not in RESULTS]:
+        parser.error(f"there is no part {unknown[0]!r}; there are {', '.join(RESULTS)}")
+    if args.go_on and args.parts != ["frames"]:
+        parser.error("--go-on is for frames alone: tune_cuda frames --go-on")
     if not torch.cuda.is_available():
         sys.exit("tune_cuda: there is no GPU here")
     begin = time.perf_counter()
@@ -189,11 +210,13 @@ def main():
         commit=args.commit,
     )  # fmt: skip
     bench = Bench(common)
-    major, minor = torch.cuda.get_device_capability()
+    chip = list(_cuda.chip(torch.device("cuda", torch.cuda.current_device())))
+    command = shlex.join(["python", "-m", "bench.tune_cuda", *sys.argv[1:]])
     for part in args.parts or RESULTS:
-        meta, more = about(common) | {"command": f"python -m bench.tune_cuda {part}"}, {}
-        file = args.out / RESULTS[part].name
-        times = numbered(json.loads(RESULTS[part].read_text())["median_us"]) if args.go_on and part == "frames" else {}
+        meta, more, file = about(common) | {"command": command}, {}, args.out / RESULTS[part].name
+        times: dict = {}
+        if args.go_on and file.exists():
+            times, more["earlier"] = before(file, meta)
 
         def save(times: dict, file=file, meta=meta, more=more) -> None:
             file.write_text(json.dumps({"meta": meta, **more, "median_us": times}, indent=1) + "\n")
@@ -208,8 +231,7 @@ def main():
                 times |= measure(bench, both)
                 save(times)
         if args.write:
-            of = {k: meta[k] for k in ("gpu", "driver", "commit")} | {"capability": f"{major}.{minor}"}
-            write_table(part, ratios(times), of)
+            write_table(part, ratios(times), measured_by(meta, more) | {"chip": chip})
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ class FrameStream:
         # On a GPU the model's first kernel reads pictures; on a CPU normalising them apart costs as much.
         self._reads = model.model if isinstance(model, Packed) else model
         self._gives_pictures = self.device.type == "cuda" and isinstance(self._reads, EndoMamba)
-        self._weights = self._may_pack(packed)
+        self._weights = self._may_pack(packed, sizes)
         self._answer: Tensor | None = None  # (b, k)
         self._all, self._no_gaps = [True] * batch_size, [0] * batch_size  # what most calls send
         self._active = _Mailbox(self._all, torch.bool, self.device)
@@ -105,7 +105,7 @@ class FrameStream:
             raise ValueError(f"FrameStream: graph=True needs a model with a state of fixed size on a GPU: {why}")
         return able if graph is None else graph
 
-    def _may_pack(self, packed: bool | None) -> FrameWeights | None:
+    def _may_pack(self, packed: bool | None, sizes: Sequence[Size]) -> FrameWeights | None:
         if packed is False or (packed is None and self.device.type != "cuda"):
             return None
         if not isinstance(self._reads, EndoMamba) or not isinstance(self._state, StreamState):
@@ -114,22 +114,26 @@ class FrameStream:
             return None
         else:
             weights = self._reads.frame_weights()
-            why = [] if self.device.type == "cpu" else self._speaks_against(weights)
+            why = [] if self.device.type == "cpu" else self._speaks_against(weights, sizes)
         if packed and why:
             raise ValueError(f"FrameStream: packed=True needs the kernels of frame_blocks: {'; '.join(why)}")
         return None if why else weights
 
-    def _speaks_against(self, weights: FrameWeights) -> list[str]:
-        """Why no fused kernels can run the blocks; empty: those of one back end can."""
+    def _speaks_against(self, weights: FrameWeights, sizes: Sequence[Size]) -> list[str]:
+        """Why no fused kernels can run the blocks on frames of these sizes; empty: those of one back end can."""
         config = self.model.config
         if config.backend not in ("auto", *FUSED):
             return [f"the model was made with backend={config.backend!r}"]
-        kinds = [blocks[0] for blocks in (weights.spatial, weights.temporal) if blocks]
-        tokens = math.prod(config.grid) + config.with_cls_token
-        residual = torch.empty((self.batch_size, tokens, config.embed_dim), dtype=torch.float32, device=self.device)
+        kinds = [[t for block in blocks for t in block] for blocks in (weights.spatial, weights.temporal) if blocks]
+        patches = {math.prod(config.grid)}
+        if self._any_size:  # else they are resized to the model's
+            patches |= {(height // config.patch_size) * (width // config.patch_size) for height, width in sizes}
+        shapes = [(self.batch_size, n + config.with_cls_token, config.embed_dim) for n in sorted(patches)]
+        residuals = [torch.empty(shape, dtype=torch.float32, device=self.device) for shape in shapes]
         found = []
         for name in FUSED if config.backend == "auto" else (config.backend,):
-            why = list(dict.fromkeys(r for kind in kinds for r in reasons("frame_blocks", name, residual, kind)))
+            asked = (reasons("frame_blocks", name, x, kind) for x in residuals for kind in kinds)
+            why = list(dict.fromkeys(reason for some in asked for reason in some))
             if not why:
                 return []
             found += [f"{name}: {reason}" for reason in why]
@@ -409,7 +413,8 @@ class FrameStream:
         self._state.save(path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Goes on, bit by bit, where a stream of the same model, batch and back end was saved, in any process."""
+        """Goes on where a stream of the same model and batch was saved, in any process: bit by bit with the same back
+        end (the model's `backend`; "auto" takes another where there is another GPU or no nvcc) and as many threads."""
         self.restore(StreamState.load(path, self.device))
 
     def clone(self) -> FrameStream:

@@ -1,5 +1,6 @@
 """The table of shapes that "auto" gives to the CUDA scans: what it says at, between and outside of measured ones."""
 
+import dataclasses
 import importlib.util
 import json
 import runpy
@@ -8,15 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from endomamba.frame_stream import FrameStream
 from endomamba.models import create_model
 from endomamba.ops import _cuda, _extension_cuda
 from endomamba.ops import _cuda_table as table
-from endomamba.ops._backend import TABLES, choose
+from endomamba.ops._backend import TABLES, Backend, choose
 from endomamba.ops.frame_blocks import cuda as frame_cuda
 from endomamba.ops.mixer_inner import compose
 from tests.ops import test_mixer_inner as mixer
 
 ROWS = {"causal forward": {49: {1: 2.0, 16: 1.5, 64: 1.01}, 197: {1: 3.0, 16: 1.2, 64: 1.4}}}
+H200 = (9, 0, 132)
 FRAMES = {"both ways bf16 384": {50: {1: 1.2, 5: 1.2}, 197: {1: 1.2, 5: 1.02}}}
 
 
@@ -37,10 +40,11 @@ def rows(monkeypatch):
     ],
 )  # fmt: skip
 def test_every_corner_has_a_say(rows, b, l, faster):
-    assert table.faster("scans", "causal forward", b, l, (9, 0)) is faster
-    assert not table.faster("scans", "causal backward", b, l, (9, 0))
-    assert not table.faster("frames", "causal forward", b, l, (9, 0))
-    assert not table.faster("scans", "causal forward", b, l, (10, 0))
+    assert table.faster("scans", "causal forward", b, l, H200) is faster
+    assert not table.faster("scans", "causal backward", b, l, H200)
+    assert not table.faster("frames", "causal forward", b, l, H200)
+    assert not table.faster("scans", "causal forward", b, l, (10, 0, 132))
+    assert not table.faster("scans", "causal forward", b, l, (9, 0, 114))  # an H100 on a PCIe card
 
 
 @pytest.mark.parametrize("part", ["scans", "frames"])
@@ -52,9 +56,7 @@ def test_the_table_is_of_the_results(part):
 
     data = json.loads(tune_cuda.RESULTS[part].read_text())
     assert tune_cuda.ratios(tune_cuda.numbered(data["median_us"])) == table.RATIO[part]
-    assert {k: table.MEASURED[part][k] for k in ("gpu", "driver", "commit")} == {
-        k: data["meta"][k] for k in ("gpu", "driver", "commit")
-    }
+    assert table.MEASURED[part] == tune_cuda.measured_by(data["meta"], data) | {"chip": [9, 0, 132]}
     found = [ratio for rows in table.RATIO[part].values() for row in rows.values() for ratio in row.values()]
     assert min(found) < table.LEAST < max(found)
 
@@ -67,12 +69,12 @@ def test_the_tool_rewrites_its_part_of_the_table(tmp_path, monkeypatch):
     copy = tmp_path / "table.py"
     copy.write_text(Path(table.__file__).read_text())
     monkeypatch.setattr(tune_cuda._cuda_table, "__file__", str(copy))
-    measured = {"gpu": "a GPU", "driver": "1", "commit": "abc", "capability": "8.0"}
+    measured = {"gpu": "a GPU", "driver": "1", "commit": "abc", "chip": [8, 0, 108]}
     tune_cuda.write_table("scans", ROWS, measured)
     new = runpy.run_path(str(copy))
     assert (new["RATIO"]["scans"], new["MEASURED"]["scans"]) == (ROWS, measured)
     assert (new["RATIO"]["frames"], new["MEASURED"]["frames"]) == (table.RATIO["frames"], table.MEASURED["frames"])
-    assert new["faster"]("scans", "causal forward", 1, 49, (8, 0))
+    assert new["faster"]("scans", "causal forward", 1, 49, (8, 0, 108))
 
 
 @pytest.fixture
@@ -83,6 +85,7 @@ def gpu(rows, monkeypatch):
     monkeypatch.setattr(_cuda, "elsewhere", lambda x: [])
     monkeypatch.setattr(_cuda, "missing", lambda: "")
     monkeypatch.setattr(_cuda, "usable", lambda: True)
+    monkeypatch.setattr(_cuda, "chip", lambda device: H200)
     monkeypatch.setattr(_cuda, "capability", lambda device: (9, 0))
     for op in ("selective_scan", "bidirectional_scan", "mixer_inner", "frame_blocks"):
         row = TABLES[op]["triton"]
@@ -124,6 +127,27 @@ def test_auto_takes_the_frame_kernel_where_the_table_has_it(gpu, monkeypatch):
     assert chosen_frame(1, 197) == "triton"
 
 
+def test_what_speaks_against_packing_is_asked_for_every_size(gpu, monkeypatch):
+    """Of both back ends under "auto", of the named one alone otherwise; the CUDA kernel takes few tokens."""
+    few = lambda residual, weights=(), *_: ["too many tokens"] if residual.shape[1] > 200 else []  # noqa: E731
+    rows = TABLES["frame_blocks"]
+    monkeypatch.setitem(rows, "cuda", Backend(rows["cuda"].fwd, None, few))
+    refuses = Backend(rows["triton"].fwd, None, lambda *_: ["no Triton"])
+    options = dict(img_size=32, embed_dim=16, depth=2, num_classes=3, dynamic_img_size=True)
+    against = {}
+    for backend in ("auto", "cuda", "triton", "cpu"):
+        camera = FrameStream(create_model("endomamba", **options).eval())  # on the CPU, where nothing is asked
+        camera.model.config = dataclasses.replace(camera.model.config, backend=backend)
+        ask = lambda *sizes: camera._speaks_against(camera.model.frame_weights(), sizes)  # noqa: B023, E731
+        assert ask() == ([] if backend != "cpu" else ["the model was made with backend='cpu'"])
+        with monkeypatch.context() as patch:
+            patch.setitem(rows, "triton", refuses)
+            against[backend] = ask((448, 448)), ask((48, 48))
+    assert against["auto"] == (["triton: no Triton", "cuda: too many tokens"], [])
+    assert against["cuda"] == (["cuda: too many tokens"], [])
+    assert against["triton"] == (["triton: no Triton"],) * 2
+
+
 def test_a_model_made_for_cuda_takes_what_has_no_such_kernel_from_auto():
     model = create_model("endomamba", img_size=16, embed_dim=16, depth=2, backend="cuda")
     assert model.norm_f.backend == "auto" and model.layers[0].mixer.backend == "cuda"
@@ -132,9 +156,9 @@ def test_a_model_made_for_cuda_takes_what_has_no_such_kernel_from_auto():
 
 
 def test_auto_takes_triton_on_another_gpu_and_where_nothing_can_be_built(gpu, monkeypatch):
-    monkeypatch.setattr(_cuda, "capability", lambda device: (8, 0))
+    monkeypatch.setattr(_cuda, "chip", lambda device: (8, 0, 108))
     assert chosen(1, 197, 768) == "triton"
-    monkeypatch.setattr(_cuda, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(_cuda, "chip", lambda device: H200)
     monkeypatch.setattr(_cuda, "missing", lambda: "no nvcc")
     assert chosen(1, 197, 768) == "triton"
     monkeypatch.setattr(_cuda, "missing", lambda: "")

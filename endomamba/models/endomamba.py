@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops import BlockWeights, frame_blocks, frame_embed, pack_block
+from ..ops import BlockWeights, frame_blocks, frame_embed, frame_head, pack_block
 from ..ops._backend import named_or_auto
 from ..ops.frame_embed import temporal_positions
 from ._registry import register_model
 from .config import EndoMambaConfig
-from .heads import ClassificationHead, PhaseHead, build_head, pool_tokens
+from .heads import ClassificationHead, PhaseHead, build_head
 from .layers import (
     NORM_EPS,
     PatchEmbed,
@@ -39,7 +39,8 @@ class FrameWeights(NamedTuple):
     patch: Tensor  # (c, 3, p, p), channels last
     spatial: tuple[BlockWeights, ...]
     temporal: tuple[BlockWeights, ...]
-    head: tuple[Tensor, Tensor] | None  # weight (k, c) and bias (k,) of a Linear on pooled tokens, in fp32
+    # Of a Linear on pooled tokens, in fp32: weight (k, c), times that of the norm before it, and bias (k,)
+    head: tuple[Tensor, Tensor] | None
 
 
 def _pack(block: SpatialBlock | TemporalBlock) -> BlockWeights:
@@ -48,6 +49,10 @@ def _pack(block: SpatialBlock | TemporalBlock) -> BlockWeights:
     if isinstance(mixer, BidirectionalMixer):
         directions.append(mixer.parameters_backward())
     return pack_block(block.norm.weight, mixer.in_proj.weight, directions, mixer.out_proj.weight)
+
+
+def _wide(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    return parameter.detach().to(dtype, copy=True)
 
 
 class EndoMamba(nn.Module):
@@ -178,7 +183,7 @@ class EndoMamba(nn.Module):
         return FrameWeights(
             self.patch_embed.proj.weight.detach().squeeze(2).to(memory_format=torch.channels_last, copy=True),
             *(tuple(_pack(block) for block in blocks) for blocks in (self.spatial_blocks, self.temporal_blocks)),
-            tuple(t.detach().to(wide, copy=True) for t in (head.weight, head.bias)) if pooled else None,
+            (_wide(head.weight, wide) * _wide(self.norm_f.weight, wide), _wide(head.bias, wide)) if pooled else None,
         )
 
     def step_(
@@ -223,11 +228,14 @@ class EndoMamba(nn.Module):
         frame_blocks(residual.flatten(0, 1), weights.spatial, eps=NORM_EPS, backend=backend)
         frame_blocks(residual.flatten(1, 2), weights.temporal, state.conv, state.ssm, eps=NORM_EPS, backend=backend)
         state.frame.add_(residual.shape[1])
-        features, _ = self.norm_f(residual, None)
         if weights.head is None:
+            features, _ = self.norm_f(residual, None)
             return self.head(features.to(self.pos_embed.dtype))
-        pooled = pool_tokens(features, self.head.pool)  # not rounded, and a product of one row is faster in fp32
-        return torch.nn.functional.linear(pooled, *weights.head).to(self.pos_embed.dtype)
+        logits = frame_head(
+            residual.flatten(0, 1), *weights.head, pool=self.head.pool, eps=NORM_EPS, out_dtype=self.pos_embed.dtype,
+            backend=named_or_auto("frame_head", backend),
+        )  # fmt: skip
+        return logits.unflatten(0, residual.shape[:2])
 
     def _embed_next(
         self,

@@ -7,6 +7,7 @@ from .bidirectional_scan import bidirectional_scan
 from .causal_conv1d import bidirectional_conv1d, causal_conv1d
 from .frame_blocks import BlockWeights, frame_blocks, pack_block
 from .frame_embed import frame_embed
+from .frame_head import frame_head
 from .frame_resize import frame_resize
 from .frame_settle import frame_settle
 from .frame_step import frame_step
@@ -24,6 +25,7 @@ __all__ = [
     "explain",
     "frame_blocks",
     "frame_embed",
+    "frame_head",
     "frame_resize",
     "frame_settle",
     "frame_step",

@@ -12,7 +12,7 @@ from ._extension_cuda import load, missing, usable
 from ._native import DTYPES
 
 __all__ = [
-    "STATES", "capability", "elsewhere", "load", "missing", "on_gpu", "processors", "shared_memory", "stream",
+    "STATES", "capability", "chip", "elsewhere", "load", "missing", "on_gpu", "processors", "shared_memory", "stream",
     "unsupported", "usable",
 ]  # fmt: skip
 
@@ -44,6 +44,12 @@ def capability(device: torch.device) -> tuple[int, int]:
 @functools.cache
 def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def chip(device: torch.device) -> tuple[int, int, int]:
+    """Compute capability and multiprocessors: what a table of times is of."""
+    return (*capability(device), processors(device))
 
 
 @functools.cache

@@ -52,7 +52,7 @@ def faster_both(phase: str, *tensors: Tensor | None) -> bool:
 def _measured(case: str, x: Tensor) -> bool:
     if not _cuda.on_gpu(x) or x.dtype != torch.bfloat16 or x.ndim != 3 or x.shape[2] != table.SCAN_CHANNELS:
         return False
-    return table.faster("scans", case, x.shape[0], x.shape[1], _cuda.capability(x.device))
+    return table.faster("scans", case, x.shape[0], x.shape[1], _cuda.chip(x.device))
 
 
 def unsupported_operands(A: Tensor | None, B: Tensor | None, C: Tensor | None, side: str = "") -> list[str]:

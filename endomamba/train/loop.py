@@ -50,7 +50,6 @@ log = logging.getLogger("endomamba")
 
 SMALLEST_SCALE = 2.0**-14  # of the fp16 loss scaler: below it every gradient overflows, whatever the scale
 NEVER = 2**62
-LARGEST = 1e18  # of a gradient: the square of a larger one may be infinite in fp32, and with it their norm
 
 
 class _Stepper(nn.Module):
@@ -309,14 +308,17 @@ class _Run:
                 if watch.first or not torch.isfinite(loss):
                     return f"first non-finite layer: {watch.first or 'the loss itself'}; clips: {clips}"
                 loss.backward()
-            most = {n: p.grad.abs().max().item() for n, p in self.model.named_parameters() if p.grad is not None}
-            wrong = [name for name, value in most.items() if not math.isfinite(value)]
+            gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+            wrong = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
             if watch.first_gradient or wrong:
                 at = f"behind {watch.first_gradient}" if watch.first_gradient else f"of {wrong[-1]}"
                 return f"first non-finite gradient: {at}; clips: {clips}"
-            largest = max(most, key=most.__getitem__)
-            if most[largest] > LARGEST:
-                return f"a gradient too large for its norm: of {largest}, {most[largest]:.0e}; clips: {clips}"
+            if not nn.utils.clip_grad_norm_(self.model.parameters(), math.inf).isfinite():
+                norms = {name: gradient.double().norm().item() for name, gradient in gradients.items()}
+                largest = max(norms, key=norms.__getitem__)
+                return (
+                    f"gradients too large for their norm: most of all {largest}, {norms[largest]:.0e}; clips: {clips}"
+                )
         return ""
 
     # ---- checkpoints

@@ -121,4 +121,7 @@ def test_quick_runs_and_goes_on(tmp_path, capsys):
     assert "done" not in capsys.readouterr().out and (tmp_path / "runs.jsonl").read_text() == before
     again = ["--go-on", str(tmp_path / "learns.json"), *command[:2], str(tmp_path / "again"), *command[3:]]
     assert learns.main(parser.parse_args(again)) == 0  # weights are missing there, but no result needs them
+    (before,) = json.loads((tmp_path / "again" / "learns.json").read_text())["meta"]["earlier"]
+    tested = [row["run"] for row in report["runs"] if "numbers" in row]
+    assert before["commit"] == report["meta"]["commit"] and before["runs"] == sorted(tested)
     assert "done" not in capsys.readouterr().out

@@ -22,8 +22,7 @@ def test_every_part_has_a_row(tmp_path, capsys):
     for part in ("update", "student", "teacher"):
         row = rows[part]
         assert 0 < row["least"] <= row["ms"] <= row["most"]
-        assert row["clips_per_second"] == pytest.approx(2e3 / row["ms"], rel=1e-2)
-    assert rows["teacher"]["ms"] < rows["student"]["ms"] < rows["update"]["ms"]
+        assert row["clips_per_second"] == pytest.approx(2e3 / row["ms"], rel=1e-2, abs=0.1)
     assert rows["loading"]["clips_per_second"] > 0 and "loading" in capsys.readouterr().out
 
     # A row of another setting stands beside the first, the same again replaces it.
@@ -44,7 +43,23 @@ def test_two_processes_are_one_row(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     (row,) = json.loads(out.read_text())["rows"]
-    assert row["processes"] == 2 and row["clips_per_second"] == pytest.approx(4e3 / row["ms"], rel=1e-2)
+    assert row["processes"] == 2 and row["clips_per_second"] == pytest.approx(4e3 / row["ms"], rel=1e-2, abs=0.1)
+
+
+def test_an_update_of_parts_reads_as_many_clips_in_each(tmp_path):
+    out = tmp_path / "pretrain.json"
+    assert command(["pretrain", "--quick", "--only", "update", "--set", "accumulate=2", "--out", str(out)]) == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["clips_per_second"] == pytest.approx(4e3 / row["ms"], rel=1e-2, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "field, why",
+    [("batch_size=3", "--clips sets it"), ("clip.frames=3", "--frames sets it"), ("mask", "it must be FIELD=VALUE")],
+)
+def test_fields_that_have_a_flag_or_no_value_are_refused(field, why):
+    with pytest.raises(SystemExit, match=f"--set {field}: {why}"):
+        command(["pretrain", "--quick", "--only", "teacher", "--set", field])
 
 
 def test_an_unknown_part_is_said():

@@ -86,11 +86,11 @@ def test_backend_info_covers_every_op_and_backend():
     info = backend_info()
     expected = {
         "add_rms_norm", "bidirectional_conv1d", "bidirectional_scan", "causal_conv1d", "frame_blocks", "frame_embed",
-        "frame_resize", "frame_settle", "frame_step", "mixer_inner", "selective_scan",
+        "frame_head", "frame_resize", "frame_settle", "frame_step", "mixer_inner", "selective_scan",
     }  # fmt: skip
     assert set(info) == expected
     assert all(set(row) == set(_backend.NAMES) and row["reference"] == [] for row in info.values())
-    by_pytorch = ("frame_embed", "frame_resize", "frame_settle")  # on a CPU
+    by_pytorch = ("frame_embed", "frame_head", "frame_resize", "frame_settle")  # on a CPU
     compiled = [row for op, row in info.items() if op not in by_pytorch]
     assert all(bool(row["cpu"]) == (_extension.C is None) for row in compiled)
 
@@ -99,7 +99,7 @@ def test_every_op_is_opchecked():
     """A rule worth having is a test: each forward op is passed to opcheck by some file beside this one."""
     modules = [m for name, m in sys.modules.items() if re.fullmatch(r"endomamba\.ops\.\w+\.op", name)]
     ops = {v._qualname: k for m in modules for k, v in vars(m).items() if isinstance(v, CustomOpDef)}
-    assert len(ops) == 17
+    assert len(ops) == 18
     tests = "\n".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
     unchecked = [op for op, name in ops.items() if not op.endswith("_backward") and f"opcheck({name}," not in tests]
     assert not unchecked

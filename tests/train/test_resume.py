@@ -1,4 +1,7 @@
-"""A run that is killed and started again ends with the bits of one that was not."""
+"""A run that is killed and started again ends with the bits of one that was not.
+
+On a GPU: ENDOMAMBA_TEST_DEVICE=cuda pytest tests/train/test_resume.py -k "killed_equals_uninterrupted and not two"
+"""
 
 from __future__ import annotations
 

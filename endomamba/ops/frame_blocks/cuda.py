@@ -75,16 +75,17 @@ def faster(_: str, residual: Tensor, weights: Sequence[Tensor] = ()) -> bool:
     """Whether it can run these and was measured faster than Triton's kernels; see `_cuda_table`."""
     if not len(weights) or not _cuda.on_gpu(residual) or weights[0].dtype not in NAMES:
         return False
-    case, (b, l) = case_of(weights), residual.shape[:2]
-    return _cuda_table.faster("frames", case, b, l, _cuda.capability(residual.device)) and not unsupported(
-        residual, weights
-    )
+    (b, l), chip = residual.shape[:2], _cuda.chip(residual.device)
+    return _cuda_table.faster("frames", case_of(weights), b, l, chip) and not unsupported(residual, weights)
 
 
 def case_of(weights: Sequence[Tensor]) -> str:
     """The key of `_cuda_table.RATIO["frames"]`."""
-    in_proj, A = weights[0], weights[6]
-    return f"{'both ways' if A.shape[0] == 2 else 'causal'} {NAMES[in_proj.dtype]} {in_proj.shape[1]}"
+    return frame_name(weights[0].shape[1], weights[6].shape[0], weights[0].dtype)
+
+
+def frame_name(c: int, sides: int, dtype: torch.dtype) -> str:
+    return f"{'both ways' if sides == 2 else 'causal'} {NAMES[dtype]} {c}"
 
 
 def frame_blocks(

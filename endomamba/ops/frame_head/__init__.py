@@ -1,0 +1,3 @@
+from .api import frame_head
+
+__all__ = ["frame_head"]
