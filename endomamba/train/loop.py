@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
 import random
 import traceback
@@ -313,7 +312,7 @@ class _Run:
             if watch.first_gradient or wrong:
                 at = f"behind {watch.first_gradient}" if watch.first_gradient else f"of {wrong[-1]}"
                 return f"first non-finite gradient: {at}; clips: {clips}"
-            if not nn.utils.clip_grad_norm_(self.model.parameters(), math.inf).isfinite():
+            if not torch.stack([gradient.norm() for gradient in gradients.values()]).norm().isfinite():
                 norms = {name: gradient.double().norm().item() for name, gradient in gradients.items()}
                 largest = max(norms, key=norms.__getitem__)
                 return (
