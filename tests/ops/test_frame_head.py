@@ -15,6 +15,7 @@ ROWS = [
     {"l": 1},
     {"c": 24, "l": 40},  # channels that are no power of 2, more tokens than a step takes
     {"k": 19},  # more classes than a step takes
+    {"k": 75, "l": 3},  # more than a program takes
     {"k": 0},
     {"b": 0},
     {"pool": "cls"},

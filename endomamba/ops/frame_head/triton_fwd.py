@@ -13,9 +13,11 @@ from .._triton import INTERPRET, AotCase, meta, on_device
 TILE = 256 if INTERPRET else 32768
 WARPS = 16
 CLASSES = 16  # of a step over them
+SHARE = 32 if INTERPRET else 64  # classes of a program: with more of them others make the same mean again, meanwhile
 
 
-# Grid (b,): a program has a frame.  It sums its normed tokens, then takes the product of that one row with the weights.
+# Grid (b, shares of the classes): a program sums a frame's normed tokens, then takes the product of that one row with
+# its share of the weights.
 # Traffic: the tokens once, 303 KB of EndoMamba small, from L2 where the last block has just written them; the weights.
 # Numerics: fp32; a frame's bits do not depend on the others.
 @triton.jit(do_not_specialize=["l", "tokens", "k"])
@@ -32,8 +34,9 @@ def _frame_head_kernel(
     BL: tl.constexpr,
     BC: tl.constexpr,
     BK: tl.constexpr,
+    SHARE: tl.constexpr,
 ):
-    frame = tl.program_id(0).to(tl.int64)
+    frame, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * SHARE
     channel = tl.arange(0, BC)
     pooled = tl.zeros([BC], tl.float32)
     residual_ptr += frame * l * c
@@ -44,7 +47,7 @@ def _frame_head_kernel(
         factor = 1.0 / tl.sqrt(tl.sum(x * x, 1) / c + eps)
         pooled += tl.sum(x * factor[:, None], 0)
     pooled = pooled / tokens
-    for start in range(0, k, BK):
+    for start in range(first, min(first + SHARE, k), BK):
         of = start + tl.arange(0, BK)
         mask = (of < k)[:, None] & (channel < c)[None, :]
         w = tl.load(weight_ptr + of[:, None].to(tl.int64) * c + channel[None, :], mask, 0.0).to(tl.float32)
@@ -59,9 +62,9 @@ def frame_head(residual: Tensor, weight: Tensor, bias: Tensor, mean: bool, eps: 
         width = triton.next_power_of_2(c)
         rows = max(1, TILE // width) if mean else 1
         with on_device(residual):
-            _frame_head_kernel[(b,)](
+            _frame_head_kernel[(b, triton.cdiv(k, SHARE))](
                 out, residual.contiguous(), weight.contiguous(), bias, l, l if mean else 1, k, eps,
-                c, rows, width, min(CLASSES, max(1, TILE // width)), num_warps=WARPS if mean else 4,
+                c, rows, width, min(CLASSES, max(1, TILE // width)), SHARE, num_warps=WARPS if mean else 4,
             )  # fmt: skip
     return out
 
