@@ -1,7 +1,7 @@
 """FrameStream, frame by frame: from a picture on the device or the host to its answer, with the tail of the latency.
 
     python -m bench frame --device cuda --frames 2000                         # bench/results/gpu_frame.json
-    python -m bench frame --device cuda --frames 20000 --only resident,busy   # the tail
+    python -m bench frame --device cuda --frames 20000 --only "resident 224,buffer"   # the tail
     python -m bench frame --device cuda --only mp4,parallel                   # a whole film; the error over time
     python -m bench frame --quick                                             # this CPU, seconds; writes nothing
 
@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, default=2000, help="of each case, by each clock (default 2000)")
     parser.add_argument("--turn", type=int, default=200, help="frames of a case before the next has its turn")
     parser.add_argument("--streams", type=int, default=16, help="in the case with many (default 16)")
-    parser.add_argument("--only", default="", metavar="WORD,WORD", help="cases whose name has one of these words")
+    parser.add_argument(
+        "--only", default="", metavar="WORD,WORD", help="cases whose name has, or is, one of these words"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="frames of 32 pixels, 4 layers, 6 frames")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default bench/results/DEVICE_frame.json")
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     result = opened(out, about(args.device, args.commit) | settings, args.fresh)
     setting = Setting(args, (32, 4) if args.quick else (224, None), (48, 64) if args.quick else HD)
     device = Gpu(args.device) if gpu else Cpu()
-    wanted = [case for case in listed(setting) if any(word in case.name for word in args.only.split(","))]
+    wanted = chosen(listed(setting), args.only.split(","))
     if not wanted:
         raise Wrong(f"--only {args.only}: no case has that in its name")
     key = {"model": args.model, "dtype": args.dtype, "backend": args.backend}
@@ -102,6 +104,13 @@ def run(args: argparse.Namespace) -> None:
         save(out, result)
     if out:
         print(f"written to {out}")
+
+
+def chosen(cases: list[Case | Whole], words: list[str]) -> list[Case | Whole]:
+    """Those that have one of the words in their name; a word that is a whole name means that case alone."""
+    names = {case.name for case in cases}
+    fits = lambda word, name: word == name if word in names else word in name  # noqa: E731
+    return [case for case in cases if any(fits(word, case.name) for word in words)]
 
 
 # ---- cases -------------------------------------------------------------------------------------------------------

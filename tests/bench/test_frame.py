@@ -64,6 +64,13 @@ def test_rows_and_what_is_missing(few, tmp_path, capsys):
     assert of_two[:-1] == again["rows"] and of_two[-1]["model"] == "small"
 
 
+def test_a_whole_name_is_that_case_alone():
+    cases = [argparse.Namespace(name=name) for name in ("resident 32", "resident 32, copies busy", "pinned 32 to host")]
+    names = lambda *words: [case.name[:12] for case in frame.chosen(cases, list(words))]  # noqa: E731
+    assert names("resident 32") == ["resident 32"] and names("resident") == ["resident 32", "resident 32,"]
+    assert names("resident 32", "busy") == ["resident 32", "resident 32,"] and len(names("")) == 3 and not names("mp4")
+
+
 def test_a_stream_that_forgets_gets_no_time(few, tmp_path, monkeypatch, capsys):
     honest = EndoMamba.step_
 

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as xml
 
 import pytest
 
-from bench import svg
+from bench import frame_report, svg
 from bench.__main__ import main
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -182,3 +182,13 @@ def test_frames_of_a_cpu(tmp_path):
     assert main(["report", str(file)]) == 0
     text = (tmp_path / "cpu_frame.md").read_text()
     assert "| 20,000 | – | 2,000 |" in text and "in sum" not in text and "Not measured" not in text
+
+
+def test_a_kernel_is_told_by_its_own_name():
+    made = "void endomamba::cuda::(anonymous namespace)::frame_blocks_kernel<unsigned short, 384, true>(endomamba::"
+    assert frame_report.short(made) == "endomamba::cuda::frame_blocks_kernel"
+    assert frame_report.short("_frame_head_kernel") == "_frame_head_kernel"
+    assert (
+        frame_report.short("std::enable_if<!(false), void>::type internal::gemvx::kernel<int>")
+        == "internal::gemvx::kernel"
+    )
