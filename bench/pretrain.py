@@ -231,8 +231,7 @@ def loading(args: argparse.Namespace, config: Any, model: Any) -> dict[str, floa
         entries = tuple(Entry(name, 0, sizes["frames"]) for name in files * args.clips)
         dataset = MaskedClips(config, model, Manifest(Path(folder, "films.jsonl"), (), entries), entries)
         plan = ClipPlan(len(dataset), args.clips, 0)
-        loader = load(dataset, (plan(i) for i in range(10**6)), args.workers, pin=False)
-        batches = iter(loader)
+        batches = load(dataset, (plan(i) for i in range(10**6)), args.workers, pin=False)
         for _ in range(max(2, 5 * args.workers // 4)):  # what was fetched ahead while workers started
             next(batches)
         start, clips = time.perf_counter(), 0
@@ -242,5 +241,5 @@ def loading(args: argparse.Namespace, config: Any, model: Any) -> dict[str, floa
                 raise SystemExit(f"pretrain: a film could not be read: {batch.get('fatal') or batch['faults'][0]}")
             clips += args.clips
         took = time.perf_counter() - start
-        del batches, loader
+        del batches
     return {"workers": args.workers, "clips_per_second": round(clips / took, 1), "film_size": sizes["size"]}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -275,8 +275,8 @@ class Normalise:
         return torch.addcmul(self.shift, video.float(), self.scale)
 
 
-def load(dataset: ClipDataset, batches: Any, workers: int, pin: bool) -> DataLoader:
-    return DataLoader(
+def load(dataset: ClipDataset, batches: Any, workers: int, pin: bool) -> Iterator[dict[str, Any]]:
+    loader: DataLoader = DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
@@ -284,3 +284,12 @@ def load(dataset: ClipDataset, batches: Any, workers: int, pin: bool) -> DataLoa
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
     )
+    return _handed_over(loader)
+
+
+def _handed_over(loader: DataLoader) -> Iterator[dict[str, Any]]:
+    """Its batches.  A worker that dies just while it hands one over is told of as one that dies at any other time."""
+    try:
+        yield from loader
+    except (EOFError, ConnectionError) as error:
+        raise RuntimeError(f"DataLoader worker went away with a batch: {error}") from error

@@ -247,7 +247,7 @@ class _Run:
     def _batches(self, first: int) -> Iterator[dict[str, Any]]:
         world, config = self.world, self.config
         shares = Shares(self.plan, first, self.steps, world.rank, world.size, config.accumulate)
-        return iter(load(self.dataset, shares, config.workers, pin=world.device.type == "cuda"))
+        return load(self.dataset, shares, config.workers, pin=world.device.type == "cuda")
 
     # ---- what the host asks for
 

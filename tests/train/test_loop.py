@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 
 import endomamba
 from endomamba.models import create_model, load_checkpoint
@@ -393,6 +394,22 @@ def test_a_worker_that_dies(data, tmp_path):
     assert len(told) == 1, done.stdout + done.stderr
     assert re.search(r"a data worker died .*the last checkpoint is step-", told[0])
     assert checkpoint.load_latest(tmp_path)[1]["step"] >= 1
+
+
+def test_a_worker_that_dies_while_it_hands_a_batch_over(data, tmp_path, monkeypatch):
+    """Then the connection ends before torch hears of the death."""
+
+    def breaks(*args, **options):
+        for number, batch in enumerate(DataLoader(*args, **options)):
+            if number == 2:
+                raise ConnectionResetError(104, "Connection reset by peer")
+            yield batch
+
+    monkeypatch.setattr("endomamba.train.data.DataLoader", breaks)
+    with pytest.raises(
+        TrainError, match=r"a data worker died .*went away with a batch.*the last checkpoint is step-0000"
+    ):
+        fit(count(data, {"save_every": 1}, 6), data / "phases.jsonl", tmp_path)
 
 
 def test_a_worker_that_dies_while_a_checkpoint_is_written(data, tmp_path, monkeypatch):
