@@ -284,12 +284,12 @@ def load(dataset: ClipDataset, batches: Any, workers: int, pin: bool) -> Iterato
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
     )
-    return _handed_over(loader)
+    return _handed_over(iter(loader))  # made here: it draws a seed, which is none of the first step's random numbers
 
 
-def _handed_over(loader: DataLoader) -> Iterator[dict[str, Any]]:
-    """Its batches.  A worker that dies just while it hands one over is told of as one that dies at any other time."""
+def _handed_over(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The batches.  A worker that dies just while it hands one over is told of as one that dies at any other time."""
     try:
-        yield from loader
+        yield from batches
     except (EOFError, ConnectionError) as error:
         raise RuntimeError(f"DataLoader worker went away with a batch: {error}") from error
