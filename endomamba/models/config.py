@@ -37,9 +37,7 @@ class MambaConfig:
 
     dynamic_img_size: bool = False  # interpolate the positions for any frame size, instead of refusing it
     use_checkpoint: bool = False  # recompute each block in backward; model.gradient_checkpointing switches it later
-    backend: str = (
-        "auto"  # of the ops; an op without kernels of that back end, as the norm of "cuda", runs as with "auto"
-    )
+    backend: str = "auto"  # of the ops; those without kernels of it, as the norm in "cuda", run as with "auto"
 
     def __post_init__(self) -> None:
         who = type(self).__name__

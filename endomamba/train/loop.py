@@ -312,7 +312,7 @@ class _Run:
             if watch.first_gradient or wrong:
                 at = f"behind {watch.first_gradient}" if watch.first_gradient else f"of {wrong[-1]}"
                 return f"first non-finite gradient: {at}; clips: {clips}"
-            if not torch.stack([gradient.norm() for gradient in gradients.values()]).norm().isfinite():
+            if gradients and not torch.stack([g.norm() for g in gradients.values()]).norm().isfinite():
                 norms = {name: gradient.double().norm().item() for name, gradient in gradients.items()}
                 largest = max(norms, key=norms.__getitem__)
                 return (
